@@ -1,0 +1,40 @@
+F32: int
+BF16: int
+F16: int
+MASTER_IS_PARAM: int
+LOSSLESS: int
+MASTER_BF16: int
+MASTER_F16: int
+
+def isas() -> list[str]: ...
+def hardware_threads() -> int: ...
+def adam_step(
+    n: int,
+    format: int,
+    grad_dtype: int,
+    param: int,
+    master: int,
+    grad: int,
+    exp_avg: int,
+    exp_avg_sq: int,
+    decay: float,
+    l2: float,
+    beta1: float,
+    beta2: float,
+    bias2_sqrt: float,
+    eps: float,
+    step_size: float,
+    unscale: float,
+    clip: float,
+    coupled: bool,
+    maximize: bool,
+    isa: int,
+    threads: int,
+) -> None: ...
+def intake(
+    n: int, dst: int, dst_dtype: int, src: int, src_dtype: int, accumulate: bool, isa: int, threads: int
+) -> float: ...
+def sum_squares(n: int, src: int, src_dtype: int, isa: int, threads: int) -> float: ...
+def split(n: int, master: int, param: int, remainder: int, isa: int, threads: int) -> None: ...
+def join(n: int, param: int, remainder: int, master: int, isa: int, threads: int) -> None: ...
+def stream_pattern(n: int, read: int, a: int, b: int, c: int, isa: int, threads: int) -> None: ...

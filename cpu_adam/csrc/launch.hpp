@@ -1,0 +1,18 @@
+// Whole arrays: split into ranges, given to the pool, the results put together in a fixed order.
+#pragma once
+
+#include "kernels.hpp"
+
+namespace cpu_adam {
+
+void launch_step(const Kernels& k, Format format, Dtype grad, const StepArgs& args, std::size_t n, int threads);
+double launch_intake(const Kernels& k, void* dst, Dtype dst_dtype, const void* src, Dtype src_dtype, bool accumulate,
+                     std::size_t n, int threads);
+double launch_stats(const Kernels& k, const void* src, Dtype dtype, std::size_t n, int threads);
+void launch_split(const Kernels& k, const float* master, std::uint16_t* param, std::int16_t* remainder,
+                  std::size_t n, int threads);
+void launch_join(const Kernels& k, const std::uint16_t* param, const std::int16_t* remainder, float* master,
+                 std::size_t n, int threads);
+void launch_stream(const Kernels& k, const float* read, float* a, float* b, float* c, std::size_t n, int threads);
+
+}  // namespace cpu_adam

@@ -1,0 +1,87 @@
+"""Reading and writing whole chunks by value: loading, saving, write-back. Host memory stays bounded."""
+
+from __future__ import annotations
+
+import torch
+
+from tierflow.scheduler.units import Unit
+from tierflow.swap import IO_BYTES, Chunk, Event, Kind, Manager, Tier
+from tierflow.swap.manager import Victims
+
+#: Bytes moved at a time between a home on NVMe and anything else.
+SPAN_BYTES = 8 << 20
+
+
+def read_bytes(manager: Manager, chunk: Chunk, begin: int, end: int, victims: Victims) -> torch.Tensor:
+    """Bytes [begin, end) of the chunk's true content as a new uint8 CPU tensor."""
+    out = torch.empty(end - begin, dtype=torch.uint8)
+    tier = manager.home(chunk)
+    if tier is not Tier.NVME:
+        out.copy_(manager.memory(chunk, tier).bytes()[begin:end])
+        return out
+    for low, high, scratch in _spans(manager, chunk, begin, end, victims):
+        manager.read(chunk, scratch, low).wait()
+        a, b = max(low, begin), min(high, end)
+        out[a - begin : b - begin] = scratch[a - low : b - low]
+    return out
+
+
+def write_bytes(manager: Manager, chunk: Chunk, begin: int, data: torch.Tensor, victims: Victims) -> None:
+    """Replaces bytes of the home; the caller answers for other copies (``Manager.wrote``)."""
+    tier, end = manager.home(chunk), begin + data.nbytes
+    if tier is not Tier.NVME:
+        manager.memory(chunk, tier).bytes()[begin:end].copy_(data)
+        return
+    for low, high, scratch in _spans(manager, chunk, begin, end, victims):
+        a, b = max(low, begin), min(high, end)
+        if (a, b) != (low, high):
+            manager.read(chunk, scratch, low).wait()
+        scratch[a - low : b - low] = data[a - begin : b - begin]
+        manager.write(chunk, scratch, low).wait()
+
+
+def _spans(manager: Manager, chunk: Chunk, begin: int, end: int, victims: Victims):  # type: ignore[no-untyped-def]
+    """(low, high, staging) over the aligned spans that cover [begin, end)."""
+    if begin == end:
+        return
+    first = begin // IO_BYTES * IO_BYTES
+    size = min(SPAN_BYTES, -(-(end - first) // IO_BYTES) * IO_BYTES)
+    lease = manager.scratch(Tier.HOST, size, victims)
+    try:
+        for low in range(first, end, size):
+            high = min(low + size, chunk.nbytes, -(-end // IO_BYTES) * IO_BYTES)
+            yield low, high, lease.bytes()[: high - low]
+    finally:
+        manager.drop_scratch(Tier.HOST, lease)
+
+
+def write_back(manager: Manager, unit: Unit, victims: Victims) -> bool:
+    """Carries the DEVICE copy home if it differs; zeroes what MASTER held of the weights that changed."""
+    chunk = unit.chunk
+    now = manager.memory(chunk, Tier.DEVICE).bytes()[: chunk.nbytes].to("cpu")
+    master = unit.chunks.get(Kind.MASTER)
+    home = manager.home(chunk)
+    before = now if home is Tier.DEVICE else read_bytes(manager, chunk, 0, chunk.nbytes, victims)
+    if home is not Tier.DEVICE and torch.equal(now, before):
+        return False
+    if home is not Tier.DEVICE:
+        write_bytes(manager, chunk, 0, now, victims)
+        manager.wrote(chunk, Tier.DEVICE)
+        manager.ledger.apply(chunk, home, Event.BEGIN_FILL)
+        manager.ledger.apply(chunk, home, Event.END_FILL)
+    if master is not None:
+        _follow(manager, unit, master, now.view(unit.dtype), before.view(unit.dtype), victims)
+    return True
+
+
+def _follow(
+    manager: Manager, unit: Unit, master: Chunk, now: torch.Tensor, before: torch.Tensor, victims: Victims
+) -> None:
+    """Makes MASTER agree with weights that a user set: remainder 0, or the fp32 value."""
+    held = read_bytes(manager, master, 0, master.nbytes, victims)
+    if master.itemsize == 2:
+        held.view(torch.int16)[now != before] = 0
+    else:
+        changed = now.float() != held.view(torch.float32).to(unit.dtype).float()
+        held.view(torch.float32)[changed] = now.float()[changed]
+    write_bytes(manager, master, 0, held, victims)

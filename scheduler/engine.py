@@ -1,0 +1,315 @@
+"""Binds a plan to a live model: brings units up before use, takes gradients in, runs the update."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from tierflow import aio
+from tierflow.scheduler.binding import Binder, raw
+from tierflow.scheduler.gradients import GradSlot
+from tierflow.scheduler.guard import EvictedParameterError, describe
+from tierflow.scheduler.hooks import ModelHooks, in_backward
+from tierflow.scheduler.placement import MemoryPlan
+from tierflow.scheduler.rules import Rule
+from tierflow.scheduler.trace import Recorder
+from tierflow.scheduler.traffic import default_order
+from tierflow.scheduler.units import Unit
+from tierflow.scheduler.update import Job, UpdatePipeline
+from tierflow.swap import CapacityError, Chunk, CopyState, Kind, Ledger, Lease, Manager, Tier, Traffic
+
+log = logging.getLogger("tierflow")
+
+#: Fetches kept under way ahead of use.
+PREFETCH = 4
+
+
+@dataclass
+class StepReport:
+    """What one optimizer step did: seconds and bytes."""
+
+    update_seconds: float = 0.0
+    kernel_seconds: float = 0.0
+    grad_norm: float | None = None
+    traffic: Traffic = field(default_factory=Traffic)
+
+
+class Engine:
+    """The live model's side of tierflow. Made by ``tierflow.offload``; ``close`` gives everything back.
+
+    One thread trains at a time: forward on the caller's thread, backward on autograd's while the caller waits.
+    """
+
+    def __init__(self, model: nn.Module, units: list[Unit], plan: MemoryPlan, manager: Manager, prefetch: bool = True):
+        self.model, self.units, self.plan, self.manager = model, units, plan, manager
+        self.device = manager.pools[Tier.DEVICE].resident.arena.device
+        self.recorder = Recorder(default_order(units))
+        self.binder = Binder(units, self.device, self)
+        self.report = StepReport()
+        self.failed: str | None = None
+        self.closed = False
+        self._prefetching = prefetch
+        self._warned = False
+        self._pins: dict[int, int] = {}
+        self._generation = dict.fromkeys(range(len(units)), 0)
+        on_device = self.device.type == "cpu" or plan.placement.optimizer is Tier.DEVICE
+        self.pipeline = UpdatePipeline(manager, plan.piece_elements, plan.pieces_in_flight, on_device)
+        manager.on_evict = lambda chunk: self.binder.unbind(self.units[chunk.unit])
+        manager.busy_aliases = self._aliased
+        self.slots: dict[int, GradSlot] = {}
+        self.step_counts: dict[int, int] = {}
+        self._handles: list[Any] = []
+        self.hooks: ModelHooks | None = None
+
+    # ---- set-up
+
+    def attach(self) -> None:
+        """Binds parameters, gradients and hooks; the homes hold their bytes already."""
+        for unit in self.units:
+            if self.manager.home(unit.chunk) is Tier.DEVICE:
+                self.binder.bind(unit, self.manager.memory(unit.chunk, Tier.DEVICE))
+            else:
+                self.binder.unbind(unit)
+                self.binder.shut(unit)
+            if unit.trainable:
+                self._make_gradients(unit)
+        if self.plan.placement.param is not Tier.DEVICE:
+            self.hooks = ModelHooks(self, self.model, self.units)
+
+    def _make_gradients(self, unit: Unit) -> None:
+        chunk = unit.chunks[Kind.GRAD]
+        lease = self.manager.memory(chunk, self.plan.placement.grad)
+        dtype = unit.dtype if chunk.itemsize == unit.dtype.itemsize else torch.float32
+        flat = lease.bytes()[: chunk.nbytes].view(self.plan.placement.grad_dtype or dtype)
+        flat.zero_()
+        for slot, p in zip(unit.slots, unit.params, strict=True):
+            memory = flat[slot.offset : slot.offset + slot.numel].view(slot.shape)
+            grad = GradSlot(slot.names[0], p, memory, self.manager.lane)
+            self.slots[id(p)] = grad
+            self.step_counts[id(p)] = 0
+            with raw():
+                self._handles.append(p.register_post_accumulate_grad_hook(grad.on_accumulated))
+
+    # ---- use of units
+
+    def _learning(self) -> bool:
+        return torch.is_grad_enabled() or in_backward()
+
+    def victims(self, beyond: int = -1) -> Callable[[Tier], Iterable[Chunk]]:
+        """Cached copies, the farthest next use first; only those used later than ``beyond`` uses ahead."""
+        trace = self.recorder.current(self._learning())
+
+        def order(tier: Tier) -> Iterable[Chunk]:
+            states = [(trace.next_use(u.index), u.chunk) for u in self.units]
+            held = [s for s in states if self.manager.ledger.state(s[1], tier) is not CopyState.ABSENT]
+            return [chunk for use, chunk in sorted(held, key=lambda s: -s[0]) if use > beyond]
+
+        return order
+
+    def acquire(self, unit: Unit, foreseen: bool = True) -> None:
+        """Pins the unit on DEVICE, fetching it if need be, and makes its parameters ordinary ones.
+
+        ``foreseen``: part of the loop's order of use, which the trace learns.
+        """
+        self.usable()
+        if self._pins.get(unit.index, 0) == 0:
+            if foreseen:
+                self._visit(unit)
+            self.manager.fetch(unit.chunk, self.victims())
+        lease = self.manager.pin(unit.chunk)
+        self._pins[unit.index] = self._pins.get(unit.index, 0) + 1
+        if self._pins[unit.index] == 1:
+            if not self.binder.bound(unit):
+                self.binder.bind(unit, lease)
+            self.binder.open(unit)
+            if foreseen:
+                self.prefetch()
+
+    def release(self, unit: Unit) -> None:
+        """Undoes one ``acquire``; the copy stays cached and its parameters guard themselves again."""
+        self._pins[unit.index] -= 1
+        self.manager.unpin(unit.chunk)
+        if self._pins[unit.index] == 0 and self.manager.home(unit.chunk) is not Tier.DEVICE:
+            self.binder.shut(unit)
+
+    def touch(self, unit: Unit) -> Lease:
+        """Brings the unit to DEVICE for the operation that asks; a live alias of it keeps it there."""
+        self._visit(unit)
+        self.manager.fetch(unit.chunk, self.victims())
+        lease = self.manager.pin(unit.chunk)
+        self.manager.unpin(unit.chunk)
+        return lease
+
+    def _visit(self, unit: Unit) -> None:
+        self.manager.pump()
+        self.recorder.visit(unit.index, self._learning())
+
+    def prefetch(self) -> None:
+        """Starts fetches of what comes next, as far as memory goes without giving up what is needed sooner."""
+        if not self._prefetching:
+            return
+        trace = self.recorder.current(self._learning())
+        for index in trace.upcoming(2 * PREFETCH):
+            chunk = self.units[index].chunk
+            if self.manager.fetching() >= PREFETCH:
+                return
+            if self.manager.ledger.valid(chunk, Tier.DEVICE) or self.manager.is_fetching(chunk):
+                continue
+            try:
+                self.manager.fetch(chunk, self.victims(trace.next_use(index)))
+            except CapacityError:
+                return
+
+    def _aliased(self, chunk: Chunk, lease: Lease) -> bool:
+        return lease.aliases() > self.binder.views(self.units[chunk.unit])
+
+    def on_touch(self, params: list[Any], func: Any) -> Any:
+        """An evicted parameter met an operation: fetch it where a forward or backward runs, else raise."""
+        if self.hooks is not None and self.hooks.inside() and not self.closed:
+            for unit in {id(p): self._unit_of(p) for p in params}.values():
+                self.hooks.hold(unit)
+            return None
+        raise EvictedParameterError(params[0]._tierflow_name, describe(func))
+
+    def _unit_of(self, param: Any) -> Unit:
+        return next(u for u in self.units if any(p is param for p in u.params))
+
+    def generation(self, unit: Unit) -> int:
+        """How often the unit's weights were updated: a saved weight of an older one is out of date."""
+        return self._generation[unit.index]
+
+    # ---- the step
+
+    def usable(self) -> None:
+        """Raises if the engine was closed or a transfer left it inconsistent."""
+        if self.closed:
+            raise RuntimeError("this tierflow engine is closed: its memory was given back")
+        if self.failed:
+            raise RuntimeError(f"an earlier error left the training state inconsistent ({self.failed}); "
+                               "resume from a checkpoint")  # fmt: skip
+
+    def managed_grads(self) -> list[GradSlot]:
+        """Slots of the parameters that have a gradient now, in parameter order."""
+        order = sorted(((s.order, p) for u in self.units if u.trainable
+                        for s, p in zip(u.slots, u.params, strict=True)), key=lambda e: e[0])  # fmt: skip
+        return [slot for _, p in order if (slot := self.slots[id(p)]).collect()]
+
+    def grad_norm(self, slots: list[GradSlot]) -> float:
+        """Euclidean norm of all gradients: per-parameter sums of squares (fp64) added in parameter order."""
+        total = 0.0
+        for slot in slots:
+            total += slot.stats().sum_squares
+        return total**0.5
+
+    def update(self, rules: dict[int, Rule], slots: list[GradSlot]) -> None:
+        """Runs the update of every slot; ``rules`` by id of parameter."""
+        self.usable()
+        began = time.perf_counter()
+        if self.hooks is not None:
+            self.hooks.reset()
+        self.manager.settle()
+        ready = {id(s.param): s for s in slots}
+        jobs = []
+        for unit in self.units:
+            entries = [(ready[id(p)], rules[id(p)]) if id(p) in ready else None for p in unit.params]
+            if any(entries):
+                jobs.append(Job(unit, entries))
+        try:
+            self.report.kernel_seconds += self.pipeline.run(jobs, self.victims())
+        except BaseException as error:
+            self.failed = f"{type(error).__name__} in the update: {error}"
+            raise
+        for job in jobs:
+            self._generation[job.unit.index] += 1
+            with raw():
+                torch.autograd.graph.increment_version(job.unit.params)
+        if self.recorder.step_ended() and self.recorder.departures and not self._warned:
+            self._warned = True
+            log.warning("the order in which modules run has changed between steps; prefetch follows the new order")
+        self.report.update_seconds += time.perf_counter() - began
+
+    def take_report(self) -> StepReport:
+        """The report since the last call, and a fresh one."""
+        report, self.report = self.report, StepReport()
+        report.traffic, self.manager.traffic = self.manager.traffic, Traffic()
+        return report
+
+    # ---- whole-parameter access
+
+    @contextmanager
+    def gathered(self, params: list[nn.Parameter]) -> Iterator[None]:
+        """Parameters pinned on DEVICE; what the body changed is written back to the home at the end."""
+        wanted = {id(p) for p in params}
+        units = [u for u in self.units if any(id(p) in wanted for p in u.params)]
+        held: list[Unit] = []
+        try:
+            for unit in units:
+                self.acquire(unit, foreseen=False)
+                held.append(unit)
+            yield
+            for unit in held:
+                self._write_back(unit)
+        finally:
+            for unit in held:
+                self.release(unit)
+
+    def _write_back(self, unit: Unit) -> None:
+        """Carries a changed DEVICE copy home, and forgets the remainder of every weight that changed."""
+        from tierflow.scheduler.contents import write_back
+
+        if write_back(self.manager, unit, self.victims()):
+            self._generation[unit.index] += 1
+
+    def home_was_written(self, unit: Unit) -> None:
+        """The home copy was replaced from outside: caches are dropped, saved weights are out of date."""
+        self.manager.wrote(unit.chunk, self.manager.home(unit.chunk))
+        self._generation[unit.index] += 1
+
+    # ---- the end
+
+    def close(self) -> None:
+        """Ends transfers, takes hooks off, gives memory and disk back. Parameters become empty of data."""
+        if self.closed:
+            return
+        self.closed = True
+        for handle in self._handles:
+            handle.remove()
+        if self.hooks is not None:
+            self.hooks.remove()
+        for unit in self.units:
+            for p in unit.params:
+                with raw():
+                    p.grad = None
+            self.binder.unbind(unit)
+            self.binder.shut(unit)
+        self.slots.clear()
+        self.manager.close()
+        for tier in (Tier.DEVICE, Tier.HOST):
+            self.manager.pools[tier].resident.arena.close()
+
+
+def build_manager(
+    plan: MemoryPlan, device: torch.device, nvme_path: str | None, aio_options: dict[str, Any], debug: Any = None
+) -> Manager:
+    """Allocates the arenas and the store exactly as the plan says. Raises OSError naming the path."""
+    from tierflow.scheduler.memory import make_lane, make_pools
+
+    store = None
+    if plan.total(Tier.NVME):
+        assert nvme_path is not None
+        store = aio.open(nvme_path, plan.total(Tier.NVME), **aio_options)
+    budgets = {t: plan.total(t) for t in Tier}
+    try:
+        pools = make_pools(plan, device, debug)
+        return Manager(Ledger(budgets), pools, store, make_lane(device))
+    except BaseException:
+        if store is not None:
+            store.close()
+        raise

@@ -1,0 +1,280 @@
+"""Managed gradients: each lives in its unit's GRAD memory, and ``p.grad`` is a handle of it.
+
+A hook that took ``p.grad`` away would make ``clip_grad_norm_`` clip nothing and return 0, without a word. So
+``p.grad`` is a wrapper tensor: AccumulateGrad's ``add_``, clipping, GradScaler, zeroing and any other operation
+act on the managed memory.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from tierflow.cpu_adam.kernels import GradStats, grad_stats, intake
+from tierflow.scheduler.binding import raw
+from tierflow.swap import HostLane, Ticket
+from tierflow.swap.lanes import DeviceLane
+
+_aten = torch.ops.aten
+_SCALINGS = (_aten.mul_.Tensor, _aten.mul_.Scalar)
+
+
+class GradSlot:
+    """One parameter's gradient: memory of ``param.shape``, its statistics, and a scale not yet applied."""
+
+    def __init__(self, name: str, param: torch.Tensor, memory: torch.Tensor, lane: DeviceLane):
+        self.name, self.param, self.memory = name, param, memory
+        self._lane = lane
+        self._stats: GradStats | None = None
+        self._transfer: Ticket | None = None
+        self._addend: torch.Tensor | None = None
+        self.scale = 1.0
+        self.norm_was_read = False
+        self.user_scaled = False
+        with raw():
+            self.handle = ManagedGrad(self, memory, param.dtype, param.device)
+
+    def take(self, grad: torch.Tensor) -> None:
+        """The gradient is now ``grad`` (any device and dtype); its old content is overwritten."""
+        self._reset_flags()
+        self._intake(grad, accumulate=False)
+
+    def add(self, grad: torch.Tensor) -> None:
+        """Adds ``grad``, as ``tensor.add_`` would in the memory's dtype."""
+        self.settle()
+        self._intake(grad, accumulate=True)
+
+    def _intake(self, grad: torch.Tensor, accumulate: bool) -> None:
+        self._finish_transfer()
+        if grad.device == self.memory.device and grad.device.type != "cpu":
+            self.memory.add_(grad) if accumulate else self.memory.copy_(grad)
+            self._stats = None
+        elif grad.device.type == "cpu":
+            self._kernel(grad, accumulate)
+        elif accumulate or grad.dtype != self.memory.dtype:
+            self._addend = torch.empty(grad.shape, dtype=grad.dtype, pin_memory=not isinstance(self._lane, HostLane))
+            self._transfer = self._lane.drain(self._addend, grad.contiguous())
+            self._accumulates, self._stats = accumulate, None
+        else:  # the 16 bits that the device made cross once, behind the backward
+            self._transfer = self._lane.drain(self.memory, grad.contiguous())
+            self._stats = None
+
+    def _kernel(self, grad: torch.Tensor, accumulate: bool) -> None:
+        flat = grad.contiguous().view(-1)
+        self._stats = intake(self.memory.view(-1), flat, accumulate=accumulate)
+
+    def _finish_transfer(self) -> None:
+        if self._transfer is None:
+            return
+        self._transfer.wait()
+        self._transfer = None
+        if self._addend is not None:
+            addend, self._addend = self._addend, None
+            self._kernel(addend, self._accumulates)
+
+    def _reset_flags(self) -> None:
+        self._finish_transfer()
+        self.scale, self.norm_was_read, self.user_scaled = 1.0, False, False
+
+    def settle(self) -> torch.Tensor:
+        """The memory with everything pending applied."""
+        self._finish_transfer()
+        if self.scale != 1.0:
+            self.memory.mul_(self.scale)
+            self.scale, self._stats = 1.0, None
+        return self.memory
+
+    def updated(self) -> None:
+        """The gradient served a step: what was known of it goes with the next zero_grad or backward."""
+        self.norm_was_read = self.user_scaled = False
+
+    def rescale(self, scale: float) -> None:
+        """Multiplies by ``scale`` (fp32) without a pass: the update kernel does it."""
+        if self.scale != 1.0:
+            self.settle()
+        self.scale = scale
+
+    def changed(self) -> None:
+        """The memory was written by somebody else."""
+        self._stats = None
+
+    def stats(self) -> GradStats:
+        """Sum of squares and finiteness of the gradient; a scale that the kernel is to apply is included."""
+        self._finish_transfer()
+        if self._stats is None:
+            self._stats = _stats_of(self.memory)
+        if self.scale == 1.0:
+            return self._stats
+        return GradStats(self._stats.sum_squares * self.scale**2, self._stats.finite and math.isfinite(self.scale))
+
+    def present(self) -> bool:
+        """Whether the parameter has a managed gradient now."""
+        with raw():
+            return self.param.grad is self.handle
+
+    def collect(self) -> bool:
+        """Takes in a gradient that the user assigned; returns whether there is one at all."""
+        with raw():
+            grad = self.param.grad
+            if grad is None:
+                return False
+            if grad is not self.handle:
+                if isinstance(grad, ManagedGrad):
+                    grad = grad.materialize()
+                self.take(grad)
+                self.param.grad = self.handle
+        self._finish_transfer()
+        return True
+
+    def on_accumulated(self, _param: torch.Tensor) -> None:
+        """Post-accumulate hook: moves a fresh gradient into managed memory."""
+        with raw():
+            grad = self.param.grad
+            if grad is None or grad is self.handle:
+                return
+            if grad.is_sparse:
+                raise RuntimeError(f"parameter {self.name!r} has a sparse gradient, which tierflow does not support")
+            self.take(grad)
+            self.param.grad = self.handle
+
+
+class ManagedGrad(torch.Tensor):
+    """What ``p.grad`` is: shape, dtype and device of the parameter, data in the GRAD memory.
+
+    In-place operations act on the managed memory, views stay managed, everything else computes on a copy or
+    on the memory itself and returns ordinary tensors on the parameter's device.
+    """
+
+    _slot: GradSlot
+    _memory: torch.Tensor
+
+    @staticmethod
+    def __new__(
+        cls, slot: GradSlot, memory: torch.Tensor, dtype: torch.dtype, device: torch.device
+    ) -> ManagedGrad:
+        handle = torch.Tensor._make_wrapper_subclass(
+            cls, memory.shape, strides=memory.stride(), dtype=dtype, device=device
+        )
+        handle._slot, handle._memory = slot, memory
+        return handle
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Runs ``func`` on the managed memory."""
+        if _record_scale(func, args):
+            return args[0]
+        if func is _aten.add_.Tensor and _is_whole(args[0]) and not kwargs and _same_kind(args[0], args[1]):
+            args[0]._slot.add(args[1])
+            return args[0]
+        return _on_memory(func, args, kwargs or {})
+
+    def materialize(self) -> torch.Tensor:
+        """A copy of the gradient as an ordinary tensor on the parameter's device."""
+        self._slot.settle()
+        return self._memory.to(device=self.device, dtype=self.dtype, copy=True)
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """A copy as a numpy array."""
+        return self.materialize().numpy(force=force)
+
+    def tolist(self) -> Any:
+        """The values as nested lists."""
+        return self.materialize().tolist()
+
+    def data_ptr(self) -> int:
+        """Refused: the gradient has no memory on the parameter's device."""
+        raise RuntimeError(f"the gradient of {self._slot.name!r} is managed by tierflow; use grad.clone() first")
+
+    def __deepcopy__(self, memo: Any) -> torch.Tensor:
+        return self.materialize()
+
+    def __reduce_ex__(self, proto: Any) -> Any:
+        return self.materialize().__reduce_ex__(proto)
+
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
+        return f"ManagedGrad({self.materialize()!r})"
+
+
+def _stats_of(memory: torch.Tensor) -> GradStats:
+    if memory.device.type == "cpu":
+        return grad_stats(memory.view(-1))
+    return GradStats(memory.double().square().sum().item(), bool(torch.isfinite(memory).all()))
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, ManagedGrad) and value is value._slot.handle
+
+
+def _same_kind(handle: ManagedGrad, other: Any) -> bool:
+    plain = isinstance(other, torch.Tensor) and not isinstance(other, ManagedGrad)
+    return plain and other.shape == handle.shape and other.is_floating_point()
+
+
+def _record_scale(func: Any, args: tuple[Any, ...]) -> bool:
+    """In-place multiplication of whole gradients by one number, as clipping does: fused into the update."""
+    if func not in _SCALINGS or not _is_whole(args[0]):
+        return False
+    factor = args[1]
+    if isinstance(factor, torch.Tensor):
+        if factor.numel() != 1 or isinstance(factor, ManagedGrad):
+            return False
+        factor = factor.item()
+    slot = args[0]._slot
+    slot.rescale(float(torch.tensor(factor, dtype=torch.float32)))
+    slot.user_scaled = True
+    return True
+
+
+def _on_memory(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    handles = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, ManagedGrad)]
+    first = handles[0]
+    moved: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def unwrap(value: Any) -> Any:
+        if isinstance(value, ManagedGrad):
+            value._slot.settle()
+            if "norm" in func._schema.name:
+                value._slot.norm_was_read = True
+            return value._memory
+        if isinstance(value, torch.Tensor) and value.device != first._memory.device:
+            here = value.to(first._memory.device)
+            moved.append((value, here))
+            return here
+        return value
+
+    result = func(*tree_map(unwrap, args), **tree_map(unwrap, kwargs))
+    if func._schema.is_mutable:
+        for handle in handles:
+            handle._slot.changed()
+        for there, here in moved:  # an argument such as GradScaler's found_inf was written on this side
+            there.copy_(here)
+    return _wrap(result, args, handles, first)
+
+
+def _wrap(result: Any, args: tuple[Any, ...], handles: list[ManagedGrad], first: ManagedGrad) -> Any:
+    leaves, spec = tree_flatten(result)
+    for i, leaf in enumerate(leaves):
+        if not isinstance(leaf, torch.Tensor):
+            continue
+        same = next((h for h in handles if leaf is h._memory), None)
+        owner = next((h for h in handles if _shares(leaf, h._memory)), None)
+        if same is not None:
+            leaves[i] = same
+        elif owner is not None:
+            leaves[i] = ManagedGrad(owner._slot, leaf, first.dtype, first.device)
+        else:
+            dtype = first.dtype if leaf.dtype == first._memory.dtype else leaf.dtype
+            leaves[i] = leaf.to(device=first.device, dtype=dtype)
+    return tree_unflatten(leaves, spec)
+
+
+def _shares(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata

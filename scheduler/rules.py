@@ -1,0 +1,21 @@
+"""What the optimizer kernels need to know about one parameter at one step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Hyperparameters at the call of ``step()``; ``step`` counts this parameter's updates from 1."""
+
+    step: int
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    decoupled: bool
+    maximize: bool
+    unscale: float
+    clip: float

@@ -1,0 +1,42 @@
+"""What lives where: tiers, pools, the residency ledger, the lanes that move bytes, and their manager."""
+
+from tierflow.swap.arena import Arena, CudaArena
+from tierflow.swap.lanes import CudaLane, HostLane, Ticket
+from tierflow.swap.ledger import TRANSITIONS, Event, Ledger
+from tierflow.swap.manager import Manager, TierPools, Traffic
+from tierflow.swap.pool import DebugMemory, Lease, Pool
+from tierflow.swap.types import (
+    ALIGN_BYTES,
+    IO_BYTES,
+    CapacityError,
+    Chunk,
+    CopyState,
+    Kind,
+    LedgerError,
+    Tier,
+)
+
+__all__ = [
+    "ALIGN_BYTES",
+    "IO_BYTES",
+    "TRANSITIONS",
+    "Arena",
+    "CapacityError",
+    "Chunk",
+    "CopyState",
+    "CudaArena",
+    "CudaLane",
+    "DebugMemory",
+    "Event",
+    "HostLane",
+    "Kind",
+    "Lease",
+    "Ledger",
+    "LedgerError",
+    "Manager",
+    "Pool",
+    "Ticket",
+    "Tier",
+    "TierPools",
+    "Traffic",
+]

@@ -1,0 +1,119 @@
+"""One exact-size block of memory per tier; pools lease pieces of it."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+HUGE_PAGE = 2 << 20
+
+
+class Arena:
+    """``nbytes`` of host memory: anonymous, 2 MiB aligned, huge pages asked for, never copied by fork.
+
+    Not ``tensor.pin_memory()``, which rounds up to powers of two. MADV_DONTFORK keeps a fork (data loader
+    workers) from copying the tables, which took over a second per GiB and broke every huge page.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, nbytes: int):
+        self.nbytes = nbytes
+        self._pid = os.getpid()
+        self._map: mmap.mmap | None = None
+        self._before_close: list[Callable[[], object]] = []
+        if nbytes == 0:
+            return
+        self._map = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self._skip = -base % HUGE_PAGE
+        self._address = base + self._skip
+        for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+            if hasattr(mmap, advice):
+                self._advise(getattr(mmap, advice))
+
+    def _advise(self, advice: int) -> None:
+        assert self._map is not None
+        try:
+            self._map.madvise(advice)
+        except OSError:  # a kernel without transparent huge pages: smaller pages, the same bytes
+            if advice != getattr(mmap, "MADV_HUGEPAGE", None):
+                raise
+
+    def bytes_at(self, offset: int, nbytes: int) -> torch.Tensor:
+        """A uint8 tensor of ``nbytes`` at ``offset`` with a storage of its own (its use count is the lease's)."""
+        assert self._map is not None and 0 <= offset and offset + nbytes <= self.nbytes
+        start = self._skip + offset
+        return torch.frombuffer(memoryview(self._map)[start : start + nbytes], dtype=torch.uint8)
+
+    @property
+    def address(self) -> int:
+        """Address of byte 0."""
+        return self._address if self._map is not None else 0
+
+    def huge_page_bytes(self) -> int:
+        """Bytes of the arena that the kernel really backs with huge pages, from smaps."""
+        if self._map is None:
+            return 0
+        inside, total = False, 0
+        with open("/proc/self/smaps") as smaps:
+            for line in smaps:
+                span = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+                if span:
+                    low, high = (int(x, 16) for x in span.groups())
+                    inside = low < self._address + self.nbytes and high > self._address
+                elif inside and line.startswith("AnonHugePages:"):
+                    total += int(line.split()[1]) << 10
+        return min(total, self.nbytes)
+
+    def on_close(self, action: Callable[[], object]) -> None:
+        """Runs ``action`` before the memory is given back."""
+        self._before_close.append(action)
+
+    def close(self) -> None:
+        """Gives the memory back at once. A tensor that outlives this reads zeros; it cannot crash."""
+        if self._map is not None and os.getpid() == self._pid:
+            while self._before_close:
+                self._before_close.pop()()
+            self._map.madvise(mmap.MADV_DONTNEED)
+        self._map = None
+
+
+class _ForeignMemory:
+    """Device memory of an arena, dressed for ``torch.as_tensor`` so that each lease has its own storage."""
+
+    def __init__(self, owner: torch.Tensor, offset: int, nbytes: int):
+        self._owner = owner
+        self.__cuda_array_interface__: dict[str, Any] = {
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "data": (owner.data_ptr() + offset, False),
+            "version": 2,
+        }
+
+
+class CudaArena:
+    """``nbytes`` of an accelerator's memory, taken once: no cudaMalloc in the steady state."""
+
+    def __init__(self, nbytes: int, device: torch.device):
+        self.nbytes = nbytes
+        self.device = device
+        # the caching allocator rounds blocks of this size to 2 MiB; the ledger counts what is leased
+        self._base: torch.Tensor | None = torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+    def bytes_at(self, offset: int, nbytes: int) -> torch.Tensor:
+        """A uint8 tensor of ``nbytes`` at ``offset`` with a storage of its own."""
+        assert self._base is not None and 0 <= offset and offset + nbytes <= self.nbytes
+        return torch.as_tensor(_ForeignMemory(self._base, offset, nbytes), device=self.device)
+
+    def close(self) -> None:
+        """Gives the memory back to torch's allocator and that to the driver."""
+        self._base = None
+        if self.nbytes:
+            torch.cuda.empty_cache()

@@ -1,0 +1,325 @@
+"""Moves chunks between tiers and keeps the ledger true while it does.
+
+The manager acts; it does not choose. What to give up when a tier is full comes from the caller as an
+ordered list of victims, and what to bring up comes as calls of ``fetch``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from tierflow.aio import Extent, Store
+from tierflow.swap.lanes import DeviceLane, Ticket
+from tierflow.swap.ledger import Event, Ledger
+from tierflow.swap.pool import Lease, Pool
+from tierflow.swap.types import CapacityError, Chunk, CopyState, Tier
+
+Victims = Callable[[Tier], Iterable[Chunk]]
+
+
+@dataclass
+class TierPools:
+    """A memory tier's two pools: copies that stay for good, and copies that come and go."""
+
+    resident: Pool
+    working: Pool
+
+
+@dataclass
+class Traffic:
+    """What moved since the counters were last read (bytes), and how long callers waited for it (seconds)."""
+
+    nvme_read: int = 0
+    nvme_written: int = 0
+    to_device: int = 0
+    to_host: int = 0
+    wait_read: float = 0.0
+    wait_device: float = 0.0
+    wait_write: float = 0.0
+
+
+@dataclass(eq=False)
+class Fetch:
+    """A chunk on its way to DEVICE: NVMe -> HOST by ``read``, then HOST -> DEVICE by ``fill``."""
+
+    chunk: Chunk
+    read: Ticket | None = None
+    fill: Ticket | None = None
+    unpin_host: bool = False
+
+
+@dataclass
+class Manager:
+    """Every copy's memory, the fetches under way, and the counters."""
+
+    ledger: Ledger
+    pools: dict[Tier, TierPools]
+    store: Store | None
+    lane: DeviceLane
+    on_evict: Callable[[Chunk], None] = lambda chunk: None
+    busy_aliases: Callable[[Chunk, Lease], bool] = lambda chunk, lease: False
+    traffic: Traffic = field(default_factory=Traffic)
+    observer: Callable[[], None] = lambda: None  # called after memory changed hands
+
+    def __post_init__(self) -> None:
+        self._leases: dict[tuple[int, Tier], Lease] = {}
+        self._extents: dict[int, Extent] = {}
+        self._homes: dict[int, Tier] = {}
+        self._fetches: dict[int, Fetch] = {}
+        self._marks: dict[int, object | None] = {}
+
+    # ---- homes
+
+    def create(self, chunk: Chunk, home: Tier) -> None:
+        """Gives the chunk its permanent place. The bytes there are undefined until written."""
+        if home is Tier.NVME:
+            assert self.store is not None
+            self._extents[chunk.id] = self.store.allocate(chunk.nbytes)
+        else:
+            self._leases[chunk.id, home] = self.pools[home].resident.lease(chunk.nbytes)
+        self._homes[chunk.id] = home
+        self.ledger.apply(chunk, home, Event.CREATE)
+
+    def home(self, chunk: Chunk) -> Tier:
+        """The chunk's permanent tier."""
+        return self._homes[chunk.id]
+
+    def memory(self, chunk: Chunk, tier: Tier) -> Lease:
+        """The lease of a copy in a memory tier."""
+        return self._leases[chunk.id, tier]
+
+    # ---- raw NVMe transfers of a piece of a chunk's home
+
+    def read(self, chunk: Chunk, dst: torch.Tensor, begin: int = 0) -> Ticket:
+        """Starts reading ``dst.nbytes`` bytes at byte ``begin`` of the chunk's extent into host memory."""
+        assert self.store is not None
+        self.traffic.nvme_read += dst.nbytes
+        return self.store.read(dst, self._extents[chunk.id].offset + begin)
+
+    def write(self, chunk: Chunk, src: torch.Tensor, begin: int = 0) -> Ticket:
+        """Starts writing ``src`` at byte ``begin`` of the chunk's extent."""
+        assert self.store is not None
+        self.traffic.nvme_written += src.nbytes
+        return self.store.write(src, self._extents[chunk.id].offset + begin)
+
+    # ---- staging memory
+
+    def scratch(self, tier: Tier, nbytes: int, victims: Victims) -> Lease:
+        """Leases staging memory, evicting ``victims`` as needed. Raises CapacityError."""
+        lease = self._lease(tier, nbytes, victims)
+        self.ledger.hold_scratch(tier, lease.nbytes)
+        self.observer()
+        return lease
+
+    def drop_scratch(self, tier: Tier, lease: Lease) -> None:
+        """Returns staging memory."""
+        self.ledger.hold_scratch(tier, -lease.nbytes)
+        lease.release()
+
+    def _lease(self, tier: Tier, nbytes: int, victims: Victims) -> Lease:
+        pool = self.pools[tier].working
+        order: Iterable[Chunk] | None = None
+        while True:
+            try:
+                return pool.lease(nbytes)
+            except CapacityError:
+                if order is None:
+                    order = iter(victims(tier))
+                victim = next((c for c in order if self.evictable(c, tier)), None)  # type: ignore[call-overload]
+                if victim is None:
+                    raise CapacityError(
+                        pool.name, nbytes, pool.free, pool.largest, self.ledger.pinned_bytes(tier),
+                        f"Raise tierflow.{'device' if tier is Tier.DEVICE else 'host'}_memory",
+                    ) from None  # fmt: skip
+                self.evict(victim, tier)
+
+    def evictable(self, chunk: Chunk, tier: Tier) -> bool:
+        """Whether the copy may go: not the home, not pinned, not under way, no live alias."""
+        lease = self._leases.get((chunk.id, tier))
+        if lease is None or self._homes[chunk.id] is tier or self.ledger.pins(chunk, tier):
+            return False
+        if self.ledger.state(chunk, tier) is CopyState.FILLING or chunk.id in self._fetches:
+            return False
+        return tier is not Tier.DEVICE or not self.busy_aliases(chunk, lease)
+
+    def evict(self, chunk: Chunk, tier: Tier) -> None:
+        """Drops a cached copy; all caches are clean, so nothing is written."""
+        if tier is Tier.DEVICE:
+            self.on_evict(chunk)
+            self.lane.reuse_after(self._marks.pop(chunk.id, None))
+        self.ledger.apply(chunk, tier, Event.EVICT)
+        self._leases.pop((chunk.id, tier)).release()
+        self.observer()
+
+    # ---- fetch to DEVICE
+
+    def fetching(self) -> int:
+        """Fetches under way."""
+        return len(self._fetches)
+
+    def is_fetching(self, chunk: Chunk) -> bool:
+        """Whether the chunk is on its way to DEVICE."""
+        return chunk.id in self._fetches
+
+    def fetch(self, chunk: Chunk, victims: Victims) -> None:
+        """Starts bringing the chunk to DEVICE unless it is there or under way. Raises CapacityError."""
+        if self.ledger.valid(chunk, Tier.DEVICE) or chunk.id in self._fetches:
+            return
+        fetch = Fetch(chunk)
+        if not self.ledger.valid(chunk, Tier.HOST):
+            self._begin_host(fetch, victims)
+        self._fetches[chunk.id] = fetch
+        try:
+            self._begin_device(fetch, victims)
+        except CapacityError:
+            self._settle_host(fetch)
+            del self._fetches[chunk.id]
+            raise
+        self.observer()
+        self._advance(fetch)
+
+    def _begin_host(self, fetch: Fetch, victims: Victims) -> None:
+        chunk = fetch.chunk
+        if self.ledger.state(chunk, Tier.HOST) is CopyState.STALE:
+            self.evict(chunk, Tier.HOST)
+        lease = self._lease(Tier.HOST, chunk.nbytes, victims)
+        self._leases[chunk.id, Tier.HOST] = lease
+        self.ledger.apply(chunk, Tier.HOST, Event.BEGIN_FILL)
+        fetch.read = self.read(chunk, lease.bytes()[: chunk.nbytes])
+
+    def _begin_device(self, fetch: Fetch, victims: Victims) -> None:
+        chunk = fetch.chunk
+        if self.ledger.valid(chunk, Tier.HOST):
+            self._pin_host(fetch)  # it must not be chosen as a victim for its own device copy
+        # a stale copy that somebody still has a view of is refilled where it is: the view follows the weight
+        if self.ledger.state(chunk, Tier.DEVICE) is not CopyState.STALE:
+            self._leases[chunk.id, Tier.DEVICE] = self._lease(Tier.DEVICE, chunk.nbytes, victims)
+        self.ledger.apply(chunk, Tier.DEVICE, Event.BEGIN_FILL)
+
+    def _pin_host(self, fetch: Fetch) -> None:
+        self.ledger.pin(fetch.chunk, Tier.HOST)
+        fetch.unpin_host = True
+
+    def _settle_host(self, fetch: Fetch) -> None:
+        """Ends the host half of a fetch whose device half could not begin."""
+        if fetch.read is not None:
+            self._end_read(fetch, fetch.read)
+        if fetch.unpin_host:
+            self.ledger.unpin(fetch.chunk, Tier.HOST)
+            fetch.unpin_host = False
+
+    def _end_read(self, fetch: Fetch, read: Ticket) -> None:
+        fetch.read = None
+        try:
+            read.wait()
+        except BaseException:
+            self._abort(fetch)
+            raise
+        self.ledger.apply(fetch.chunk, Tier.HOST, Event.END_FILL)
+        self._pin_host(fetch)
+
+    def _abort(self, fetch: Fetch) -> None:
+        """Gives back what a failed fetch had taken."""
+        chunk = fetch.chunk
+        self._fetches.pop(chunk.id, None)
+        for tier in (Tier.HOST, Tier.DEVICE):
+            if self.ledger.state(chunk, tier) is CopyState.FILLING:
+                self.ledger.apply(chunk, tier, Event.ABORT_FILL)
+                self.ledger.apply(chunk, tier, Event.EVICT)
+                self._leases.pop((chunk.id, tier)).release()
+
+    def _advance(self, fetch: Fetch, block: bool = False) -> None:
+        """Carries a fetch as far as it goes without waiting, or (``block``) to where compute may use it."""
+        chunk = fetch.chunk
+        if fetch.read is not None:
+            if not (block or fetch.read.done()):
+                return
+            began = time.perf_counter()
+            self._end_read(fetch, fetch.read)
+            self.traffic.wait_read += time.perf_counter() - began
+        if fetch.fill is None:
+            began = time.perf_counter()
+            source = self._leases[chunk.id, Tier.HOST].bytes()[: chunk.nbytes]
+            target = self._leases[chunk.id, Tier.DEVICE].bytes()[: chunk.nbytes]
+            fetch.fill = self.lane.fill(target, source)
+            self.traffic.to_device += chunk.nbytes
+            self.traffic.wait_device += time.perf_counter() - began
+        if fetch.fill.done():
+            self._finish(fetch)
+
+    def _finish(self, fetch: Fetch) -> None:
+        assert fetch.fill is not None
+        fetch.fill.wait()
+        if fetch.unpin_host:
+            self.ledger.unpin(fetch.chunk, Tier.HOST)
+        if self.ledger.state(fetch.chunk, Tier.DEVICE) is CopyState.FILLING:
+            self.ledger.apply(fetch.chunk, Tier.DEVICE, Event.END_FILL)
+        del self._fetches[fetch.chunk.id]
+
+    def pump(self) -> None:
+        """Advances every fetch that can advance without waiting."""
+        for fetch in list(self._fetches.values()):
+            self._advance(fetch)
+
+    def pin(self, chunk: Chunk) -> Lease:
+        """The chunk's DEVICE copy, ready for the compute that is issued next, held until ``unpin``.
+
+        The chunk must be there or under way. Without an accelerator this waits for the bytes; with one, for
+        the NVMe read at most, and the compute stream waits for the rest.
+        """
+        fetch = self._fetches.get(chunk.id)
+        if fetch is not None:
+            self._advance(fetch, block=True)
+            if fetch.fill is not None and chunk.id in self._fetches:
+                self.lane.before_use(fetch.fill)
+                # ordered by the event: valid for everything issued from here on
+                self.ledger.apply(chunk, Tier.DEVICE, Event.END_FILL)
+        self.ledger.pin(chunk, Tier.DEVICE)
+        return self._leases[chunk.id, Tier.DEVICE]
+
+    def unpin(self, chunk: Chunk) -> int:
+        """Undoes one ``pin``; the copy stays cached. Returns how many pins are left."""
+        left = self.ledger.unpin(chunk, Tier.DEVICE)
+        if left == 0 and self._homes[chunk.id] is not Tier.DEVICE:
+            self._marks[chunk.id] = self.lane.after_use()
+        return left
+
+    def wrote(self, chunk: Chunk, tier: Tier) -> None:
+        """The copy in ``tier`` is now the only true one: cached others are dropped."""
+        for other in self.ledger.wrote(chunk, tier):
+            if other is not self._homes[chunk.id] and self.evictable(chunk, other):
+                self.evict(chunk, other)
+
+    def settle(self) -> None:
+        """Waits for every fetch under way."""
+        for fetch in list(self._fetches.values()):
+            self._advance(fetch, block=True)
+            if fetch.fill is not None and fetch.chunk.id in self._fetches:
+                fetch.fill.wait()
+                self._finish(fetch)
+
+    def close(self) -> None:
+        """Ends every transfer and gives all memory and disk back; errors of abandoned reads are dropped."""
+        for fetch in list(self._fetches.values()):
+            for ticket in (fetch.read, fetch.fill):
+                if ticket is not None:
+                    _quietly(ticket)
+        self._fetches.clear()
+        for lease in self._leases.values():
+            lease.release()
+        self._leases.clear()
+        self.ledger.forget()
+        if self.store is not None:
+            self.store.close()
+            self.store = None
+
+
+def _quietly(ticket: Ticket) -> None:
+    try:
+        ticket.wait()
+    except OSError:
+        pass

@@ -1,0 +1,208 @@
+"""Bytes go where they should, in any order and number; what cannot work is refused before it starts."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import tierflow.aio as aio
+
+KIB = 1 << 10
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize("nbytes", [4096, 64 * KIB, 64 * KIB + 4096, MIB + 512, 5 * MIB])
+def test_round_trip(store: aio.Store, memory: Any, nbytes: int) -> None:
+    content = os.urandom(nbytes)
+    extent = store.allocate(nbytes)
+    written = store.write(memory(content), extent.offset)
+    written.wait()
+    written.wait()
+    back = memory(nbytes)
+    ticket = store.read(back, extent.offset)
+    ticket.wait()
+    assert back[:] == content
+    assert ticket.done() and ticket.nbytes == nbytes and ticket.seconds > 0
+    assert (store.bytes_written, store.bytes_read) == (nbytes, nbytes)
+    assert store.read_seconds > 0 and store.write_seconds > 0
+
+
+def test_many_at_once_against_a_model(store: aio.Store, memory: Any) -> None:
+    """Four threads, each with its own extents and several transfers in flight, and a dict as the model."""
+    failures: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        try:
+            one_worker(store, memory, random.Random(seed))
+        except BaseException as error:
+            failures.append(error)
+
+    workers = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert failures == []
+    assert store.allocated == 0
+
+
+def one_worker(store: aio.Store, memory: Any, rng: random.Random) -> None:
+    model: dict[aio.Extent, bytes] = {}
+    for _ in range(30):
+        sizes = [512 * rng.randint(1, 400) for _ in range(rng.randint(1, 6))]
+        contents = {store.allocate(size): rng.randbytes(size) for size in sizes}
+        writes = [store.write(memory(content), extent.offset) for extent, content in contents.items()]
+        old = rng.sample(sorted(model), k=min(4, len(model)))
+        backs = {extent: memory(len(model[extent])) for extent in old}
+        reads = [store.read(back, extent.offset) for extent, back in backs.items()]
+        for ticket in rng.sample(writes + reads, k=len(writes) + len(reads)):
+            ticket.wait()
+        for extent, back in backs.items():
+            assert back[:] == model[extent]
+            if rng.random() < 0.8:
+                store.free(extent)
+                del model[extent]
+        model.update(contents)
+        while len(model) > 8:
+            extent = next(iter(model))
+            store.free(extent)
+            del model[extent]
+    for extent in model:
+        store.free(extent)
+
+
+def test_a_part_of_an_extent(store: aio.Store, memory: Any) -> None:
+    store.allocate(MIB)
+    store.write(memory(b"a" * MIB), 0).wait()
+    store.write(memory(b"b" * 512), 4096 + 512).wait()
+    back = memory(MIB)
+    store.read(back, 0).wait()
+    assert back[:] == b"a" * 4608 + b"b" * 512 + b"a" * (MIB - 5120)
+
+
+def test_nothing_outside_the_buffer_is_touched(store: aio.Store, memory: Any) -> None:
+    store.allocate(MIB)
+    store.write(memory(b"x" * MIB), 0).wait()
+    around = memory(b"." * (192 * KIB))
+    store.read(memoryview(around)[64 * KIB : 128 * KIB], 0).wait()
+    assert around[:] == b"." * 64 * KIB + b"x" * 64 * KIB + b"." * 64 * KIB
+
+
+@pytest.mark.parametrize("field", ["memory address", "offset", "length"])
+def test_misaligned(store: aio.Store, memory: Any, field: str) -> None:
+    store.allocate(MIB)
+    view = memoryview(memory(8192))
+    buffer, offset = {
+        "memory address": (view[8 : 8 + 4096], 0),
+        "offset": (view[:4096], 100),
+        "length": (view[:100], 0),
+    }[field]
+    for start in (store.read, store.write):
+        with pytest.raises(ValueError, match=rf"^{field} \d+ is not a multiple of {store.alignment}"):
+            start(buffer, offset)
+    assert store.bytes_read == store.bytes_written == 0
+
+
+def test_outside_the_extent(store: aio.Store, memory: Any) -> None:
+    first, second = store.allocate(8192), store.allocate(8192)
+    for offset in (first.offset + 4096, second.offset + 4096, second.end, -4096, 1 << 40):
+        with pytest.raises(ValueError, match=r"extent|offset"):
+            store.read(memory(8192), offset)
+    store.free(first)
+    with pytest.raises(ValueError, match="not inside one extent"):
+        store.write(memory(4096), first.offset)
+
+
+def test_nothing_to_transfer(store: aio.Store) -> None:
+    store.allocate(4096)
+    with pytest.raises(ValueError, match="length is 0"):
+        store.read(bytearray(), 0)
+
+
+def test_read_only_memory(store: aio.Store, memory: Any) -> None:
+    store.allocate(4096)
+    read_only = memoryview(memory(b"r" * 4096)).toreadonly()
+    store.write(read_only, 0).wait()
+    with pytest.raises(ValueError, match="writable"):
+        store.read(read_only, 0)
+
+
+def test_not_a_buffer(store: aio.Store) -> None:
+    with pytest.raises(TypeError, match="list has neither"):
+        store.write([1, 2], 0)
+
+
+def test_numpy(store: aio.Store, memory: Any) -> None:
+    numpy = pytest.importorskip("numpy")
+    store.allocate(8192)
+    array = numpy.frombuffer(memory(8192), dtype="<f4").reshape(32, 64)
+    array[:] = numpy.arange(2048).reshape(32, 64)
+    store.write(array, 0).wait()
+    back = numpy.frombuffer(memory(8192), dtype="<f4").reshape(32, 64)
+    store.read(back, 0).wait()
+    assert (back == array).all()
+    with pytest.raises(ValueError, match="contiguous"):
+        store.write(array[:, ::2], 0)
+    back.setflags(write=False)
+    with pytest.raises(ValueError, match=r"read-only|writable"):
+        store.read(back, 0)
+
+
+class FakeTensor:
+    """What the store asks of a tensor, over mmap memory."""
+
+    def __init__(self, raw: Any, *, device: str = "cpu", contiguous: bool = True) -> None:
+        import ctypes
+
+        self.raw = raw
+        self.device = SimpleNamespace(type=device)
+        self.contiguous = contiguous
+        self.nbytes = len(raw)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(raw))
+
+    def data_ptr(self) -> int:
+        return self.address
+
+    def is_contiguous(self) -> bool:
+        return self.contiguous
+
+
+def test_whatever_looks_like_a_tensor(store: aio.Store, memory: Any) -> None:
+    store.allocate(4096)
+    store.write(FakeTensor(memory(b"t" * 4096)), 0).wait()
+    back = FakeTensor(memory(4096))
+    store.read(back, 0).wait()
+    assert back.raw[:] == b"t" * 4096
+    with pytest.raises(ValueError, match="host memory"):
+        store.write(FakeTensor(memory(4096), device="cuda"), 0)
+    with pytest.raises(ValueError, match="not contiguous"):
+        store.write(FakeTensor(memory(4096), contiguous=False), 0)
+
+
+def test_a_real_tensor(store: aio.Store, memory: Any) -> None:
+    torch = pytest.importorskip("torch")
+    store.allocate(4096)
+    tensor = torch.frombuffer(memory(4096), dtype=torch.bfloat16)
+    tensor.copy_(torch.arange(2048))
+    store.write(tensor, 0).wait()
+    back = torch.frombuffer(memory(4096), dtype=torch.bfloat16)
+    store.read(back, 0).wait()
+    assert torch.equal(back, tensor)
+    with pytest.raises(ValueError, match="not contiguous"):
+        store.write(tensor[::2], 0)
+    with pytest.raises(ValueError, match="host memory"):
+        store.write(torch.empty(2048, device="meta"), 0)
+
+
+def test_out_of_space(store: aio.Store) -> None:
+    store.allocate(10 * MIB)
+    with pytest.raises(aio.OutOfSpace) as raised:
+        store.allocate(7 * MIB)
+    error = raised.value
+    assert (error.requested, error.free, error.largest) == (7 * MIB, 6 * MIB, 6 * MIB)
+    assert store.allocated == 10 * MIB

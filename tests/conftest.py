@@ -1,0 +1,26 @@
+"""Shared by all tests: models small enough for a second, caps that leave no room to cache, and the gpu marker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    import torch
+
+    torch.manual_seed(0)
+    yield

@@ -1,0 +1,161 @@
+"""What surrounds the kernels: the choice of instruction set, threads, fork, the stub, the benchmark."""
+
+import ast
+import inspect
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from tierflow.cpu_adam import _cpu_adam, kernels
+
+ROOT = Path(__file__).resolve().parents[2]
+N = 300_000
+
+
+def python(*arguments, **env):
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, **env},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def tensors(n=N):
+    gen = torch.Generator().manual_seed(0)
+    return [torch.randn(n, generator=gen), torch.randn(n, generator=gen), torch.zeros(n), torch.zeros(n)]
+
+
+def one_step(given=None):
+    p, g, m, v = given or tensors()
+    hyper = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 1e-2}
+    kernels.adam_step(p, g, m, v, step=1, threads=4, **hyper)
+    return p
+
+
+def test_isas():
+    assert kernels.isas()[-1] == "scalar"
+    assert kernels.isas() == [i for i in ("avx512", "avx2", "scalar") if i in kernels.isas()]
+    assert kernels.isa() in kernels.isas()
+
+
+@pytest.mark.parametrize("isa", kernels.isas())
+def test_forced_by_the_environment(isa):
+    code = (
+        "import torch; from tierflow.cpu_adam import kernels as k; "
+        "x = torch.arange(100_000.0); y = torch.zeros(100_000); "
+        "print(k.isa(), k.intake(y, x, accumulate=True).sum_squares.hex())"
+    )
+    done = python("-c", code, TIERFLOW_ISA=isa)
+    expected = kernels.grad_stats(torch.arange(100_000.0)).sum_squares.hex()
+    assert done.stdout.split() == [isa, expected], done.stderr
+
+
+def test_forcing_what_is_not_there_is_one_clear_error():
+    done = python("-c", "from tierflow.cpu_adam import kernels as k; k.isa()", TIERFLOW_ISA="mmx")
+    assert done.returncode == 1
+    assert "'mmx' is not available here; choose from" in done.stderr
+
+
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="needs a second capability to try"
+)
+def test_parity_with_torch_s_avx2_build():
+    done = python(
+        "-m",
+        "pytest",
+        "-q",
+        "--import-mode=importlib",
+        "tests/cpu_adam/test_parity.py",
+        ATEN_CPU_CAPABILITY="avx2",
+    )
+    assert done.returncode == 0 and "passed" in done.stdout and "skipped" not in done.stdout, done.stdout
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_child_gets_threads_of_its_own():
+    expected = one_step()  # the parent's pool is there now
+    given, wanted = tensors(), bytes(expected.numpy())
+    child = os.fork()
+    if child == 0:
+        # No operator of torch here: its own threads did not survive the fork, and it would wait for them.
+        os._exit(0 if bytes(one_step(given).numpy()) == wanted else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert torch.equal(one_step(), expected)
+
+
+def test_calls_from_several_threads_at_once():
+    expected = one_step()
+    results, barrier = [], threading.Barrier(6)
+
+    def work():
+        barrier.wait()
+        results.extend(torch.equal(one_step(), expected) for _ in range(10))
+
+    workers = [threading.Thread(target=work) for _ in range(6)]
+    for w in workers:
+        w.start()
+    for w in workers:
+        w.join()
+    assert results == [True] * 60
+
+
+def test_the_gil_is_released():
+    """Another thread gets on while one is inside a kernel: it sees the kernel's result grow."""
+    n = 1 << 24
+    seen, done = [], threading.Event()
+    dst, src = torch.zeros(n), torch.ones(n)
+
+    def watch():
+        while not done.is_set():
+            seen.append(float(dst[n - 1]))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for _ in range(20):
+        kernels.intake(dst, src, accumulate=True, isa="scalar", threads=1)
+    done.set()
+    watcher.join()
+    assert len(set(seen)) > 2
+
+
+def test_the_stub_matches_the_module():
+    tree = ast.parse((Path(kernels.__file__).parent / "_cpu_adam.pyi").read_text())
+    functions = {f.name: [a.arg for a in f.args.args] for f in tree.body if isinstance(f, ast.FunctionDef)}
+    constants = {a.target.id for a in tree.body if isinstance(a, ast.AnnAssign)}
+    public = {name: value for name, value in vars(_cpu_adam).items() if not name.startswith("_")}
+    assert set(public) == set(functions) | constants
+    assert all(isinstance(public[name], int) for name in constants)
+    for name, arguments in functions.items():
+        signature = inspect.getdoc(public[name]).splitlines()[0]
+        named = [
+            part.split(":")[0].strip()
+            for part in signature[signature.index("(") + 1 :].split(")")[0].split(",")
+        ]
+        assert [x for x in named if x] == arguments, name
+
+
+def test_the_kernels_import_nothing_else_of_the_package():
+    for file in Path(kernels.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level <= 1 and not (node.module or "").startswith("tierflow"), file
+            elif isinstance(node, ast.Import):
+                assert not any(a.name.startswith("tierflow") for a in node.names), file
+
+
+def test_the_benchmark_runs(tmp_path):
+    out = tmp_path / "bench.json"
+    done = python("benchmarks/bench_cpu_adam.py", "--numel", "70000", "--repeats", "2", "--json", str(out))
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert {r["case"] for r in result["rows"]} >= {"streaming limit", "fp32", "torch fused", "torch foreach"}

@@ -1,0 +1,75 @@
+"""Small models and loops for the tests."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+PLACEMENTS = {
+    "device": ("none", "none"),
+    "host": ("none", "cpu"),
+    "nvme": ("none", "nvme"),
+    "param_host": ("cpu", "cpu"),
+    "param_host_states_nvme": ("cpu", "nvme"),
+    "everything": ("nvme", "nvme"),
+}
+
+
+def llama(layers: int = 3, hidden: int = 64, vocab: int = 160, tied: bool = True, dtype=torch.float32) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(7)
+    config = LlamaConfig(
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied, max_position_embeddings=64,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def config(placement: str, path, clip: float = 0.0, accumulation: int = 1, **tierflow) -> dict:
+    param, optim = PLACEMENTS[placement]
+    block = {"device_memory": "64MB", "host_memory": "64MB", "nvme_capacity": "256MB"} | tierflow
+    return {
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.1}},
+        "gradient_clipping": clip,
+        "gradient_accumulation_steps": accumulation,
+        "zero_optimization": {
+            "stage": 3,
+            "offload_param": {"device": param, "nvme_path": str(path)},
+            "offload_optimizer": {"device": optim, "nvme_path": str(path)},
+        },
+        "tierflow": block,
+    }
+
+
+def batches(count: int, accumulation: int = 1, vocab: int = 160, length: int = 12, batch: int = 2):
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(count):
+        yield [torch.randint(0, vocab, (batch, length), generator=generator) for _ in range(accumulation)]
+
+
+def train(model, optimizer, steps: int, accumulation: int = 1, vocab: int = 160):
+    """Losses and gradient norms of a plain loop."""
+    losses, norms = [], []
+    for step in batches(steps, accumulation, vocab):
+        for ids in step:
+            loss = model(input_ids=ids, labels=ids).loss / accumulation
+            loss.backward()
+            losses.append(loss.item())
+        optimizer.step()
+        norms.append(getattr(optimizer, "last_grad_norm", None))
+        optimizer.zero_grad()
+    return losses, norms
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    """Copies of all parameters, offloaded or not."""
+    import tierflow
+
+    if getattr(model, "_tierflow_engine", None) is None:
+        return {n: p.detach().clone() for n, p in model.named_parameters()}
+    out = {}
+    for name, p in model.named_parameters():
+        with tierflow.gathered([p]):
+            out[name] = p.detach().clone()
+    return out

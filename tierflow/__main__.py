@@ -1,0 +1,5 @@
+"""``python -m tierflow``."""
+
+from tierflow.cli import app
+
+app()

@@ -1,0 +1,215 @@
+"""Saving by streaming from the tiers: weights for anybody, and checkpoints that resume bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tierflow.offload import engine_of
+from tierflow.optimizer import OffloadOptimizer
+from tierflow.scheduler.contents import SPAN_BYTES, read_bytes, write_bytes
+from tierflow.scheduler.engine import Engine
+from tierflow.scheduler.units import Slot, Unit
+from tierflow.swap import Kind
+from tierflow.weights import WeightFiles, WeightsError, write_safetensors
+
+#: Raised by one whenever a checkpoint of the older layout could be misread.
+FORMAT = 1
+_STATES = (Kind.MASTER, Kind.EXP_AVG, Kind.EXP_AVG_SQ)
+
+
+def save_weights(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> None:
+    """Writes ``model.safetensors`` (and config, generation config and tokenizer, if any) for ``from_pretrained``.
+
+    Weights stream from their tiers a few megabytes at a time. Tied weights are written once, buffers that
+    ``state_dict`` would hold are included. An older file is replaced only by a complete one.
+    """
+    engine = engine_of(model)
+    engine.usable()
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    buffers = _persistent_buffers(model)
+    entries = [(s.names[0], u.dtype, tuple(s.shape)) for u, s in _slots(engine)]
+    entries += [(n, b.dtype, tuple(b.shape)) for n, b in buffers.items()]
+
+    def pieces() -> Iterator[torch.Tensor]:
+        for unit, slot in _slots(engine):
+            yield from _stream(engine, unit, slot, Kind.PARAM)
+        for buffer in buffers.values():
+            yield buffer.detach().cpu()
+
+    write_safetensors(target / "model.safetensors", entries, pieces())
+    for part in (getattr(model, "config", None), getattr(model, "generation_config", None), tokenizer):
+        if hasattr(part, "save_pretrained"):
+            part.save_pretrained(target)
+
+
+def save_checkpoint(
+    model: nn.Module, optimizer: OffloadOptimizer, folder: str | Path, client_state: dict[str, Any] | None = None
+) -> None:
+    """Writes all that a bit-for-bit resume needs to ``folder``: weights, states, counts, groups, RNG states.
+
+    ``client_state``: anything JSON can hold, given back by ``load_checkpoint``. Written beside and renamed: a
+    crash leaves the older checkpoint or none, never half of one. Tensors are stored per parameter by name, so
+    the layout knows neither units nor tiers.
+    """
+    engine = engine_of(model)
+    engine.usable()
+    target = Path(folder)
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        save_weights(model, partial)
+        _save_states(engine, partial / "optimizer.safetensors")
+        torch.save(_rng(), partial / "rng.pt")
+        manifest = {
+            "format": FORMAT,
+            "state_format": engine.plan.placement.state_format,
+            "optimizer": _plain(optimizer.state_dict()),
+            "names": _group_names(model, optimizer),
+            "client_state": client_state or {},
+        }
+        (partial / "tierflow.json").write_text(json.dumps(manifest, indent=1))
+        _replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def load_checkpoint(model: nn.Module, optimizer: OffloadOptimizer, folder: str | Path) -> dict[str, Any]:
+    """Restores what ``save_checkpoint`` wrote, into any placement of the same state format; returns client_state.
+
+    Raises WeightsError for a folder that is no checkpoint, is damaged, or does not match the model.
+    """
+    engine = engine_of(model)
+    source = Path(folder)
+    manifest = _manifest(source)
+    if manifest["state_format"] != engine.plan.placement.state_format:
+        raise WeightsError(
+            f"{source}: saved with optimizer_state {manifest['state_format']!r}, this run has "
+            f"{engine.plan.placement.state_format!r}: set tierflow.optimizer_state to the former"
+        )
+    if manifest["names"] != _group_names(model, optimizer):
+        raise WeightsError(f"{source}: its parameter groups do not hold the same parameters as this optimizer's")
+    with WeightFiles(source) as files:
+        wanted = [(u, s, k) for u, s in _slots(engine) for k in (Kind.PARAM, *_STATES) if k in u.chunks]
+        missing = [_key(s, k) for _, s, k in wanted if _key(s, k) not in files]
+        if missing:
+            raise WeightsError(f"{source}: {len(missing)} tensor(s) missing, first {missing[0]!r}")
+        for unit, slot, kind in wanted:
+            _restore(engine, unit, slot, kind, files.read(_key(slot, kind)))
+        for name, buffer in _persistent_buffers(model).items():
+            buffer.copy_(files.read(name))
+    optimizer.load_state_dict(manifest["optimizer"])
+    _set_rng(torch.load(source / "rng.pt", weights_only=False))
+    return manifest["client_state"]
+
+
+def _slots(engine: Engine) -> Iterator[tuple[Unit, Slot]]:
+    for unit in engine.units:
+        for slot in unit.slots:
+            yield unit, slot
+
+
+def _key(slot: Slot, kind: Kind) -> str:
+    return slot.names[0] if kind is Kind.PARAM else f"{slot.names[0]}.{kind.value}"
+
+
+def _stream(engine: Engine, unit: Unit, slot: Slot, kind: Kind) -> Iterator[torch.Tensor]:
+    chunk = unit.chunks[kind]
+    begin, end = slot.offset * chunk.itemsize, (slot.offset + slot.numel) * chunk.itemsize
+    for at in range(begin, end, SPAN_BYTES):
+        yield read_bytes(engine.manager, chunk, at, min(at + SPAN_BYTES, end), engine.victims())
+
+
+def _restore(engine: Engine, unit: Unit, slot: Slot, kind: Kind, tensor: torch.Tensor) -> None:
+    chunk = unit.chunks[kind]
+    data = tensor.contiguous().view(-1).view(torch.uint8)
+    if data.nbytes != slot.numel * chunk.itemsize:
+        raise WeightsError(f"tensor {_key(slot, kind)!r} has {data.nbytes} bytes, {slot.numel * chunk.itemsize} expected")
+    write_bytes(engine.manager, chunk, slot.offset * chunk.itemsize, data, engine.victims())
+    if kind is Kind.PARAM:
+        engine.home_was_written(unit)
+
+
+def _save_states(engine: Engine, path: Path) -> None:
+    wanted = [(u, s, k) for u, s in _slots(engine) for k in _STATES if k in u.chunks]
+
+    def dtype(unit: Unit, kind: Kind) -> torch.dtype:
+        return torch.int16 if kind is Kind.MASTER and unit.chunks[kind].itemsize == 2 else torch.float32
+
+    entries = [(_key(s, k), dtype(u, k), tuple(s.shape)) for u, s, k in wanted]
+    write_safetensors(path, entries, (p for u, s, k in wanted for p in _stream(engine, u, s, k)))
+
+
+def _persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    out: dict[str, torch.Tensor] = {}
+    for prefix, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                out[f"{prefix}.{name}" if prefix else name] = buffer
+    return out
+
+
+def _group_names(model: nn.Module, optimizer: OffloadOptimizer) -> list[list[str]]:
+    names = {id(p): n for n, p in model.named_parameters()}
+    return [[names.get(id(p), "") for p in g["params"]] for g in optimizer.param_groups]
+
+
+def _plain(value: Any) -> Any:
+    """Numbers, strings, lists and dicts only: a tensor learning rate becomes a float."""
+    if isinstance(value, torch.Tensor):
+        return value.item()
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / "tierflow.json"
+    if not path.exists():
+        raise WeightsError(f"{folder}: no tierflow.json, so this is not a checkpoint of tierflow.save_checkpoint")
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError as error:
+        raise WeightsError(f"{path}: damaged ({error})") from error
+    if manifest.get("format") != FORMAT:
+        raise WeightsError(f"{path}: checkpoint format {manifest.get('format')}, this tierflow reads {FORMAT}")
+    return manifest
+
+
+def _replace(partial: Path, target: Path) -> None:
+    """Puts the new folder in place of the old; between the two renames the old one is at ``.old``."""
+    old = target.with_name(target.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(partial, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _rng() -> dict[str, Any]:
+    import numpy as np
+
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": np.random.get_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def _set_rng(state: dict[str, Any]) -> None:
+    import numpy as np
+
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])

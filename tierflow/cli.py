@@ -1,0 +1,85 @@
+"""The ``tierflow`` command. Nothing here imports torch until a command needs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    help="Train models whose state does not fit the accelerator.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+
+Paths = list[Path]
+
+
+@app.callback()
+def main() -> None:
+    """Train models whose state does not fit the accelerator."""
+
+
+@app.command()
+def finetune(
+    model: Annotated[Path, typer.Option(help="Folder of a Hugging Face causal language model with safetensors.")],
+    data: Annotated[Paths, typer.Option(help=".txt or .jsonl with `text` or `messages`; repeat for several.")],
+    output: Annotated[Path, typer.Option(help="Folder for the model, checkpoint, plot and metrics.")],
+    config: Annotated[Path | None, typer.Option(help="Offload config (JSON); without one everything is auto.")] = None,
+    eval_data: Annotated[Paths | None, typer.Option(help="Held-out files; repeat for several.")] = None,
+    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens of a training sequence.")] = 256,
+    micro_batch: Annotated[int | None, typer.Option(min=1, help="Sequences per forward.")] = None,
+    accumulation: Annotated[int | None, typer.Option(min=1, help="Micro-batches per optimizer step.")] = None,
+    lr: Annotated[float | None, typer.Option(min=0.0, help="Learning rate; default the config's, else 2e-5.")] = None,
+    warmup: Annotated[int, typer.Option(min=0, help="Warm-up steps.")] = 0,
+    schedule: Annotated[str, typer.Option(help="constant, linear or cosine.")] = "cosine",
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps; overrides --epochs.")] = None,
+    epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the data.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Order of the data, and torch's generator.")] = 0,
+    eval_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each held-out file that are scored.")] = 4096,
+    eval_every: Annotated[int, typer.Option(min=0, help="Steps between evaluations; 0: only before and after.")] = 0,
+    save_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: none.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from OUTPUT/checkpoint.")] = False,
+    prompt: Annotated[str | None, typer.Option(help="Prompt of the sample; default the first held-out text.")] = None,
+    nvme_path: Annotated[Path | None, typer.Option(help="Swap folder if the config names none; default OUTPUT/swap.")] = None,
+) -> None:
+    """Fine-tune every parameter of a pretrained model, its training state wherever there is room."""
+    from tierflow.finetune.command import finetune as run
+    from tierflow.finetune.options import Options
+
+    options = Options(
+        model, tuple(data), output, config, tuple(eval_data or ()), sequence_length, micro_batch, accumulation, lr,
+        warmup, schedule, steps, epochs, seed, eval_tokens, eval_every, save_every, resume, prompt, nvme_path,
+    )  # fmt: skip
+    console = Console()
+    with _errors(console):
+        run(options, console)
+
+
+@app.command()
+def env(path: Annotated[Path | None, typer.Option(help="A folder to check for O_DIRECT and free space.")] = None) -> None:
+    """Say what this machine can do for each part, and why not."""
+    from tierflow.env import render
+
+    render(None if path is None else str(path))
+
+
+class _errors:
+    """Turns an expected failure into one message and exit code 1; anything else keeps its traceback."""
+
+    def __init__(self, console: Console):
+        self._console = console
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        if error is None or not isinstance(error, (ValueError, OSError, FloatingPointError, ImportError, KeyboardInterrupt)):
+            # CapacityError and aio's errors are RuntimeError and OSError; other RuntimeErrors are defects
+            from tierflow.swap.types import CapacityError
+
+            if error is None or not isinstance(error, CapacityError):
+                return False
+        text = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+        self._console.print(f"[bold red]error:[/] {text}", highlight=False, markup=True, soft_wrap=True)
+        raise typer.Exit(1)

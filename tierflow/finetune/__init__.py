@@ -1,0 +1,1 @@
+"""The main job: fine-tune a pretrained model on plain text or conversations."""

@@ -1,0 +1,100 @@
+"""What each step took, and what the tiers held over time."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from tierflow.scheduler.engine import Engine
+from tierflow.swap import Tier
+
+#: Occupancy is noted at most this often (seconds): a plot has no more points than it can show.
+SAMPLE_SECONDS = 0.05
+
+
+@dataclass
+class StepRecord:
+    """One optimizer step. Times in seconds, NVMe in bytes."""
+
+    step: int
+    loss: float
+    lr: float
+    tokens: int
+    grad_norm: float
+    forward: float
+    backward: float
+    update: float
+    waiting: float
+    nvme_read: int
+    nvme_written: int
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Trained tokens a second."""
+        return self.tokens / self.seconds
+
+    def line(self, total: int) -> str:
+        """One line for the terminal."""
+        return (
+            f"step {self.step + 1:>4}/{total}  loss {self.loss:7.4f}  {self.tokens_per_second:6.0f} tok/s  "
+            f"fwd {self.forward:5.2f}  bwd {self.backward:5.2f}  upd {self.update:5.2f}  wait {self.waiting:5.2f} s  "
+            f"NVMe {self.nvme_read / 1e9:5.2f}+{self.nvme_written / 1e9:4.2f} GB"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+@dataclass
+class Meter:
+    """Splits a step's time into its phases and samples occupancy whenever memory changes hands."""
+
+    engine: Engine
+    start: float = field(default_factory=time.perf_counter)
+    seconds: list[float] = field(default_factory=list)
+    held: dict[Tier, list[int]] = field(default_factory=lambda: {t: [] for t in Tier})
+    _phases: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.engine.manager.observer = self.sample
+        self.sample()
+
+    def sample(self) -> None:
+        """Notes what every tier holds now."""
+        now = time.perf_counter() - self.start
+        if self.seconds and now - self.seconds[-1] < SAMPLE_SECONDS:
+            return
+        self.seconds.append(now)
+        for tier in Tier:
+            self.held[tier].append(self.engine.manager.ledger.held(tier))
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the body's time to a phase of the current step."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._phases[name] = self._phases.get(name, 0.0) + time.perf_counter() - began
+
+    def end_step(self, step: int, loss: float, lr: float, tokens: int, grad_norm: float) -> StepRecord:
+        """The record of the step that just ended."""
+        report, phases = self.engine.take_report(), self._phases
+        self._phases = {}
+        moved = report.traffic
+        parts = [phases.get(n, 0.0) for n in ("forward", "backward", "update")]
+        return StepRecord(
+            step, loss, lr, tokens, grad_norm, *parts, moved.wait_read + moved.wait_write,
+            moved.nvme_read, moved.nvme_written, sum(phases.values()),
+        )  # fmt: skip
+
+
+def peak_rss() -> int:
+    """The process's peak resident bytes so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

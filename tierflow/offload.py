@@ -1,0 +1,251 @@
+"""``offload``: takes a model's training state over and returns the model and its optimizer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tierflow.config import Config, ConfigError, load_config
+from tierflow.fill import Source, fill, from_model
+from tierflow.optimizer import OffloadOptimizer, groups_of
+from tierflow.scheduler.engine import Engine, build_manager
+from tierflow.scheduler.placement import DoesNotFit, MemoryPlan, Placement, kinds_of, make_plan
+from tierflow.scheduler.traffic import Pools, default_order, estimate
+from tierflow.scheduler.units import ShardGeometry, Unit, make_chunks, module_units, partition
+from tierflow.settings import (
+    Settings,
+    make_caps,
+    nvme_directory,
+    pick_device,
+    pick_format,
+    pick_tiers,
+    require_nvme_path,
+)
+from tierflow.swap import DebugMemory, Tier
+
+log = logging.getLogger("tierflow")
+
+ConfigLike = Config | Mapping[str, Any] | str | Path | None
+
+
+def offload(
+    model: nn.Module,
+    config: ConfigLike = None,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    param_groups: Iterable[Any] | None = None,
+    nvme_path: str | None = None,
+    source: Source | None = None,
+    debug_memory: DebugMemory | None = None,
+) -> tuple[nn.Module, OffloadOptimizer]:
+    """Moves the model's weights, gradients and optimizer states to their tiers; returns (model, optimizer).
+
+    The model is changed in place and trains in any torch loop. ``config``: a path, mapping or ``Config``; none
+    means everything "auto". The optimizer's settings come from ``optimizer`` (a fresh torch AdamW or Adam, taken
+    over), ``param_groups``, or the config's ``optimizer`` block: one of the three must be there. ``nvme_path``: the
+    folder for what lives on NVMe when the config names none. ``source`` gives values for parameters on the meta
+    device (see ``tierflow.load``). ``debug_memory`` is for tests: random places, freed memory poisoned.
+
+    Raises ConfigError, DoesNotFit (with the table of needs) before anything is allocated; OSError for the path.
+    """
+    cfg = load_config(config)
+    groups = _groups(model, cfg, optimizer, param_groups)
+    if getattr(model, "_tierflow_engine", None) is not None:
+        raise ValueError("this model is offloaded already: close its optimizer before offloading it again")
+    device = pick_device(cfg)
+    _cast(model, cfg)
+    trained = {id(p) for g in groups for p in g["params"] if p.requires_grad}
+    units, plan, settings = make_run(model, cfg, device, trained, nvme_path)
+    engine = _build(model, units, plan, settings, source or from_model, debug_memory)
+    if any(g["params"] for g in groups):
+        groups = [g | {"params": [p for p in g["params"] if p.requires_grad]} for g in groups]
+    result = OffloadOptimizer(engine, groups, cfg.gradient_clipping or 0.0)
+    model._tierflow_engine = engine  # type: ignore[assignment]
+    return model, result
+
+
+def engine_of(model: nn.Module) -> Engine:
+    """The engine of an offloaded model. Raises ValueError for any other."""
+    engine = getattr(model, "_tierflow_engine", None)
+    if not isinstance(engine, Engine):
+        raise ValueError("this model was not offloaded with tierflow.offload or tierflow.load")
+    return engine
+
+
+def gathered(params: nn.Module | Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+    """Context in which the given parameters (a whole model's, or some) are present and may be read and changed.
+
+    Changes are written home when it ends. Raises CapacityError if they do not fit tierflow.device_memory together.
+    """
+    found = list(params.parameters() if isinstance(params, nn.Module) else params)
+    owner = next((p._tierflow_owner for p in found if hasattr(p, "_tierflow_owner")), None)
+    if not isinstance(owner, Engine):
+        raise ValueError("none of these parameters was offloaded with tierflow")
+    return owner.gathered(found)
+
+
+def _groups(
+    model: nn.Module, cfg: Config, optimizer: torch.optim.Optimizer | None, groups: Iterable[Any] | None
+) -> list[dict[str, Any]]:
+    if optimizer is not None and groups is not None:
+        raise ValueError("give optimizer= or param_groups=, not both")
+    if optimizer is not None:
+        return groups_of(optimizer)
+    block = optimizer_settings(cfg)
+    if groups is not None:
+        listed = list(groups)
+        if listed and not isinstance(listed[0], dict):
+            listed = [{"params": listed}]
+        return [block | g | {"params": list(g["params"])} for g in listed]
+    if cfg.optimizer is None:
+        raise ConfigError(
+            'no optimizer: pass optimizer=torch.optim.AdamW(...), param_groups=..., or put "optimizer": {"type": '
+            '"AdamW", "params": {"lr": 1e-5}} in the config'
+        )
+    return [block | {"params": [p for p in model.parameters() if p.requires_grad]}]
+
+
+def optimizer_settings(cfg: Config) -> dict[str, Any]:
+    """The config's ``optimizer`` block as the keys of a param group; empty without one."""
+    if cfg.optimizer is None:
+        return {}
+    params = {k: v for k, v in cfg.optimizer.group().items() if v is not None}
+    return params
+
+
+def _cast(model: nn.Module, cfg: Config) -> None:
+    """Buffers follow ``bf16.enabled`` at once; parameters are cast one by one while they are placed."""
+    if not cfg.bf16.enabled:
+        return
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point() and not buffer.is_meta:
+                module._buffers[name] = buffer.to(torch.bfloat16)
+
+
+def make_run(
+    model: nn.Module, cfg: Config, device: torch.device, trained: set[int], nvme_path: str | None
+) -> tuple[list[Unit], MemoryPlan, Settings]:
+    """Units, plan and settings; nothing is allocated. Raises DoesNotFit and ConfigError."""
+    param, optim = pick_tiers(cfg)
+    path = nvme_directory(cfg, nvme_path)
+    caps = make_caps(cfg, device, path)
+    error: DoesNotFit | None = None
+    for choice in _candidates(param, optim):
+        if Tier.NVME in choice:
+            require_nvme_path(path) if (param, optim) == choice or path else None
+            if path is None:
+                continue
+        limit = None if choice[0] is Tier.DEVICE else max(caps.device // 4, 1)
+        units = _units(model, cfg, trained, limit)
+        dtypes = {u.dtype for u in units if u.trainable}
+        placement = Placement(choice[0], choice[1], pick_format(cfg, dtypes), _grad_dtype(cfg))
+        make_chunks(units, {u.index: kinds_of(u, placement) for u in units}, ShardGeometry())
+        try:
+            plan = _plan(model, units, placement, caps, device)
+        except DoesNotFit as refused:
+            error = refused
+            continue
+        settings = Settings(
+            device, placement, caps, path, cfg.aio_options(), cfg.gradient_clipping or 0.0,
+            cfg.tierflow.prefetch, cfg.tierflow.piece_elements,
+        )  # fmt: skip
+        if settings.piece_elements:
+            plan = replace(plan, piece_elements=settings.piece_elements)
+        return units, plan, settings
+    if error is None:
+        require_nvme_path(path)
+    assert error is not None
+    raise error
+
+
+def _candidates(param: Tier | None, optim: Tier | None) -> list[tuple[Tier, Tier]]:
+    """Placements to try, the fastest first: what the config fixes stays fixed."""
+    order = list(Tier)
+    pairs = [(p, o) for o in order for p in order if order.index(p) <= order.index(o)]
+    return [(p, o) for p, o in pairs if param in (None, p) and optim in (None, o)]
+
+
+def _units(model: nn.Module, cfg: Config, trained: set[int], limit: int | None) -> list[Unit]:
+    frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in trained]
+    for p in frozen:  # a unit is trainable if an optimizer group has it
+        p.requires_grad_(False)
+    try:
+        units = partition(model, limit)
+    finally:
+        for p in frozen:
+            p.requires_grad_(True)
+    if cfg.bf16.enabled:
+        for unit in units:
+            if unit.dtype.is_floating_point:
+                unit.dtype = torch.bfloat16
+    return units
+
+
+def _grad_dtype(cfg: Config) -> torch.dtype | None:
+    """The accumulator's dtype: the config's, fp32 when micro-batches are accumulated, else the parameters' own."""
+    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if cfg.data_types.grad_accum_dtype in named:
+        return named[cfg.data_types.grad_accum_dtype]
+    return torch.float32 if (cfg.gradient_accumulation_steps or 1) > 1 else None
+
+
+def _plan(model: nn.Module, units: list[Unit], placement: Placement, caps: Any, device: torch.device) -> MemoryPlan:
+    together = _together(model, units)
+    plan = make_plan(units, placement, caps, together, (0, 0))
+    pools = Pools(
+        plan.working[Tier.DEVICE], plan.working[Tier.HOST], plan.piece_elements, plan.pieces_in_flight,
+        device.type == "cpu",
+    )  # fmt: skip
+    traffic = estimate(units, placement, pools, default_order(units))
+    return make_plan(units, placement, caps, together, traffic)
+
+
+def _together(model: nn.Module, units: list[Unit]) -> list[list[Unit]]:
+    """For every module that needs units: those, and what the modules around it hold meanwhile."""
+    needed = module_units(model, units)
+    groups: list[list[Unit]] = []
+
+    def walk(module: nn.Module, above: list[Unit]) -> None:
+        here = list(dict.fromkeys([*above, *needed.get(module, [])]))
+        if module in needed:
+            groups.append(here)
+        for child in module.children():
+            walk(child, here)
+
+    walk(model, [])
+    return groups
+
+
+def _build(
+    model: nn.Module, units: list[Unit], plan: MemoryPlan, settings: Settings, source: Source, debug: Any
+) -> Engine:
+    manager = build_manager(plan, settings.device, settings.nvme_path, settings.aio, debug)
+    if manager.store is not None and manager.store.note:
+        log.warning(manager.store.note)
+    try:
+        for unit in units:
+            for kind, chunk in unit.chunks.items():
+                manager.create(chunk, plan.placement.home(kind, unit.trainable))
+        fill(manager, units, source)
+        engine = Engine(model, units, plan, manager, settings.prefetch)
+        _move_buffers(model, settings.device)
+        engine.attach()
+    except BaseException:
+        manager.close()
+        raise
+    return engine
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != device and not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)

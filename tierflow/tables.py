@@ -1,0 +1,67 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tierflow.scheduler.placement import MemoryPlan, rows
+from tierflow.swap import Tier
+
+_CAPS = {Tier.DEVICE: "device_memory", Tier.HOST: "host_memory", Tier.NVME: "nvme_capacity"}
+
+
+def size(nbytes: float) -> str:
+    """Bytes in decimal units, as the config reads them."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(nbytes) < 1000 or unit == "TB":
+            return f"{nbytes:,.0f} {unit}" if unit == "B" else f"{nbytes:,.1f} {unit}"
+        nbytes /= 1000
+    raise AssertionError
+
+
+def plan_table(plan: MemoryPlan) -> Table:
+    """Bytes per tier and kind beside the caps and what the machine has."""
+    table = Table(title="where the training state lives", title_justify="left")
+    for name, justify in (("tier", "left"), ("what", "left"), ("bytes", "right"), ("", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    listed = rows(plan)
+    for tier in Tier:
+        for name, what, nbytes in listed:
+            if name == tier.name:
+                table.add_row(name, what, f"{nbytes:,}", size(nbytes))
+        have = plan.caps.machine.get(tier)
+        free = "" if have is None else f", machine has {size(have)} free"
+        cap = f"cap {size(plan.caps.of(tier))} ({_CAPS[tier]}){free}"
+        table.add_row(f"[bold]{tier.name}", f"[bold]total[/], {cap}", f"[bold]{plan.total(tier):,}", size(plan.total(tier)))
+        table.add_section()
+    return table
+
+
+def plan_notes(plan: MemoryPlan) -> list[str]:
+    """Traffic, wear, and why the caps suffice, a line each."""
+    state = sum(n for (_, kind), n in plan.resident.items())
+    held = plan.total(Tier.DEVICE) + plan.total(Tier.HOST)
+    lines = [
+        f"training state {size(state)} for {plan.parameters:,} parameters, format {plan.placement.state_format}; "
+        f"device and host together hold at most {size(held)} of it"
+    ]
+    if plan.total(Tier.NVME):
+        lines.append(
+            f"NVMe per step with one micro-batch: {size(plan.nvme_read)} read, {size(plan.nvme_written)} written; "
+            f"{plan.steps_to_tbw:,.0f} steps to 600 TBW"
+        )
+        lines.append(
+            f"update: {plan.pieces_in_flight} pieces of {plan.piece_elements:,} parameters in flight, "
+            "staged in the host's working memory; fetched units share it during forward and backward"
+        )
+    return lines
+
+
+def print_config(console: Console, resolved: dict[str, Any]) -> None:
+    """The resolved config as JSON."""
+    console.print("[bold]resolved config")
+    console.print_json(json.dumps(resolved))
