@@ -1,11 +1,11 @@
 """The step kernels against torch's AdamW and against what this machine's memory can stream.
 
-    python benchmarks/bench_cpu_adam.py [--numel 33554432] [--repeats 15] [--threads N] [--isa NAME] [--json
-    PATH]
+    python benchmarks/bench_cpu_adam.py [--numel N] [--repeats N] [--threads N] [--isa NAME] [--json PATH]
 
-Everything is interleaved, repeat by repeat, so that a machine that changes its speed does so for all. The
-streaming limit is a plain loop over the fp32 step's traffic: four streams read, three of them written back. A
-step in another format moves other bytes, so GB/s says more than the time; "of limit" compares GB/s.
+Everything is interleaved, repeat by repeat in an order drawn each time, so that a machine that changes its
+speed does so for all. The streaming limit is a plain loop over the fp32 step's traffic: four streams read,
+three of them written back. A step in another format moves other bytes, so "of limit" compares GB/s. One
+thread alone may exceed the limit: the kernel prefetches, the plain loop is faster without.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ import torch
 
 from tierflow.cpu_adam import _cpu_adam, kernels
 
-HYPER = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 1e-2}
+HYPER: Any = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 1e-2}
 
 
 def cpu_name() -> str:
@@ -65,9 +66,11 @@ def our_step(n: int, fmt: str, grad_dtype: torch.dtype, isa: str, threads: int) 
 def stream(n: int, isa: str, threads: int) -> Callable[[], None]:
     tensors = [torch.zeros(n) for _ in range(4)]
     index = kernels.isas().index(isa)
+    read, a, b, c = (t.data_ptr() for t in tensors)
 
     def run() -> None:
-        _cpu_adam.stream_pattern(n, *(t.data_ptr() for t in tensors), index, threads)
+        assert tensors  # whose memory this is
+        _cpu_adam.stream_pattern(n, read, a, b, c, index, threads)
 
     return run
 
@@ -76,8 +79,11 @@ def measure(cases: dict[str, tuple[int, Callable[[], None]]], repeats: int) -> d
     for _, run in cases.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in cases}
+    shuffle = random.Random(0).shuffle
     for _ in range(repeats):
-        for name, (_, run) in cases.items():
+        order = list(cases.items())
+        shuffle(order)  # a case pays for what its predecessor leaves in caches and memory
+        for name, (_, run) in order:
             begin = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - begin)
@@ -94,7 +100,7 @@ def report(
     for name, (size, _) in cases.items():
         median, rate = medians[name], size * n / medians[name]
         fused = medians["torch fused"] / median
-        row = {
+        row: dict[str, Any] = {
             "case": name,
             "bytes_per_element": size,
             "seconds_median": median,
@@ -132,9 +138,8 @@ def main() -> None:
         "torch fused": (28, torch_step(n, "fused")),
         "torch foreach": (28, torch_step(n, "foreach")),
     }
-    print(
-        f"{cpu_name()}, {threads} threads, {isa}, torch {torch.__version__}, {n} elements, {args.repeats} repeats"
-    )
+    print(f"{cpu_name()}, {threads} threads, {isa}, torch {torch.__version__}")
+    print(f"{n} elements, {args.repeats} repeats, interleaved")
     rows = report(cases, measure(cases, args.repeats), n)
     if args.json:
         head = {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from tierflow.scheduler.units import Unit
+from tierflow.cpu_adam import kernels
+from tierflow.scheduler.units import Slot, Unit
 from tierflow.swap import IO_BYTES, Chunk, Event, Kind, Manager, Tier
 from tierflow.swap.manager import Victims
 
@@ -53,6 +54,36 @@ def _spans(manager: Manager, chunk: Chunk, begin: int, end: int, victims: Victim
             yield low, high, lease.bytes()[: high - low]
     finally:
         manager.drop_scratch(Tier.HOST, lease)
+
+
+def read_parameter(manager: Manager, unit: Unit, slot: Slot, victims: Victims) -> torch.Tensor:
+    """A copy of one parameter from its home, on the CPU."""
+    size = unit.chunk.itemsize
+    data = read_bytes(manager, unit.chunk, slot.offset * size, (slot.offset + slot.numel) * size, victims)
+    return data.view(unit.dtype).view(slot.shape)
+
+
+def store_parameter(manager: Manager, unit: Unit, slot: Slot, values: torch.Tensor, victims: Victims) -> None:
+    """Writes ``values`` (any float dtype, on the CPU) to the parameter's home, and what MASTER holds of them.
+
+    The caller answers for other copies of the weights.
+    """
+    master = unit.chunks.get(Kind.MASTER)
+    values = values.detach().contiguous().view(-1)
+    working = values.to(unit.dtype)
+    if master is not None and master.itemsize == 2:
+        remainder = torch.zeros(slot.numel, dtype=torch.int16)
+        if values.dtype != torch.bfloat16:  # a bf16 value is its own master: remainder 0
+            working = torch.empty(slot.numel, dtype=torch.bfloat16)
+            kernels.split(values.float(), working, remainder)
+        _put(manager, master, slot, remainder, victims)
+    elif master is not None:
+        _put(manager, master, slot, values.float(), victims)
+    _put(manager, unit.chunk, slot, working, victims)
+
+
+def _put(manager: Manager, chunk: Chunk, slot: Slot, values: torch.Tensor, victims: Victims) -> None:
+    write_bytes(manager, chunk, slot.offset * chunk.itemsize, values.contiguous().view(torch.uint8), victims)
 
 
 def write_back(manager: Manager, unit: Unit, victims: Victims) -> bool:

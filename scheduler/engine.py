@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
 from tierflow import aio
 from tierflow.scheduler.binding import Binder, raw
+from tierflow.scheduler.contents import read_parameter, store_parameter, write_back
 from tierflow.scheduler.gradients import GradSlot
 from tierflow.scheduler.guard import EvictedParameterError, describe
 from tierflow.scheduler.hooks import ModelHooks, in_backward
@@ -21,12 +23,14 @@ from tierflow.scheduler.placement import MemoryPlan
 from tierflow.scheduler.rules import Rule
 from tierflow.scheduler.trace import Recorder
 from tierflow.scheduler.traffic import default_order
-from tierflow.scheduler.units import Unit
+from tierflow.scheduler.units import Slot, Unit
 from tierflow.scheduler.update import Job, UpdatePipeline
-from tierflow.swap import CapacityError, Chunk, CopyState, Kind, Ledger, Lease, Manager, Tier, Traffic
+from tierflow.swap import CapacityError, Chunk, CopyState, Kind, Lease, Ledger, Manager, Tier, Traffic
 
 log = logging.getLogger("tierflow")
 
+#: Host memory that ``state_dict`` leaves free.
+STATE_DICT_MARGIN = 256 << 20
 #: Fetches kept under way ahead of use.
 PREFETCH = 4
 
@@ -170,13 +174,41 @@ class Engine:
     def _aliased(self, chunk: Chunk, lease: Lease) -> bool:
         return lease.aliases() > self.binder.views(self.units[chunk.unit])
 
-    def on_touch(self, params: list[Any], func: Any) -> Any:
-        """An evicted parameter met an operation: fetch it where a forward or backward runs, else raise."""
-        if self.hooks is not None and self.hooks.inside() and not self.closed:
+    def on_touch(self, params: list[Any], func: Any, args: tuple[Any, ...], caller: str) -> Any:
+        """An evicted parameter met an operation: fetch it where a forward or backward runs, else raise.
+
+        Returns the result for what ``state_dict`` and ``load_state_dict`` do, None if ``func`` is to run now.
+        """
+        self.usable()
+        if self.hooks is not None and self.hooks.inside():
             for unit in {id(p): self._unit_of(p) for p in params}.values():
                 self.hooks.hold(unit)
             return None
+        if caller == "_save_to_state_dict":
+            return self._read(params[0])
+        if caller == "_load_from_state_dict" and len(args) == 2 and args[0] is params[0]:
+            return self._write(params[0], args[1])
         raise EvictedParameterError(params[0]._tierflow_name, describe(func))
+
+    def _read(self, param: Any) -> torch.Tensor:
+        """A copy for ``state_dict``. Raises MemoryError where the host has no room for it."""
+        unit = self._unit_of(param)
+        if psutil.virtual_memory().available < unit.chunk.nbytes + STATE_DICT_MARGIN:
+            raise MemoryError(
+                f"state_dict() has no room on the host for {param._tierflow_name!r}: use "
+                "tierflow.save_weights(model, folder), which streams"
+            )
+        return read_parameter(self.manager, unit, self._slot_of(unit, param), self.victims()).to(self.device)
+
+    def _write(self, param: Any, values: torch.Tensor) -> Any:
+        unit = self._unit_of(param)
+        store_parameter(self.manager, unit, self._slot_of(unit, param), values.cpu(), self.victims())
+        self.home_was_written(unit)
+        return param
+
+    @staticmethod
+    def _slot_of(unit: Unit, param: Any) -> Slot:
+        return next(s for s, p in zip(unit.slots, unit.params, strict=True) if p is param)
 
     def _unit_of(self, param: Any) -> Unit:
         return next(u for u in self.units if any(p is param for p in u.params))
@@ -262,8 +294,6 @@ class Engine:
 
     def _write_back(self, unit: Unit) -> None:
         """Carries a changed DEVICE copy home, and forgets the remainder of every weight that changed."""
-        from tierflow.scheduler.contents import write_back
-
         if write_back(self.manager, unit, self.victims()):
             self._generation[unit.index] += 1
 

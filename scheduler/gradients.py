@@ -165,8 +165,8 @@ class ManagedGrad(torch.Tensor):
         pass
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Runs ``func`` on the managed memory."""
         if _record_scale(func, args):

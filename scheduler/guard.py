@@ -6,6 +6,7 @@ dtype and device over a one-element NaN storage and changes its class to one tha
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -65,7 +66,9 @@ class Evicted(nn.Parameter):
         found = list(_evicted((args, kwargs)))
         if not found:  # fetched between dispatch and here, by another argument
             return func(*args, **kwargs)
-        answer = found[0]._tierflow_owner.on_touch(found, func)  # type: ignore[attr-defined]
+        # nn.Module reads and writes parameters for state dicts with detach() and copy_(): known by the caller alone
+        caller = sys._getframe(1).f_code.co_name
+        answer = found[0]._tierflow_owner.on_touch(found, func, args, caller)  # type: ignore[attr-defined]
         return answer if answer is not None else func(*args, **kwargs)
 
     def __deepcopy__(self, memo: Any) -> Any:

@@ -146,7 +146,7 @@ class ModelHooks:
             if unit is None:
                 return SavedTensor(tensor, tensor._version)
             return SavedWeight(
-                unit, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype,
+                unit, int(tensor.storage_offset()), tensor.shape, tensor.stride(), tensor.dtype,
                 self._engine.generation(unit),
             )  # fmt: skip
 

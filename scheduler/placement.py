@@ -72,6 +72,7 @@ class MemoryPlan:
     caps: Caps
     resident: dict[tuple[Tier, Kind], int]
     working: dict[Tier, int]
+    least: dict[Tier, int]  # of working memory, below which some module or piece could not run
     piece_elements: int
     pieces_in_flight: int
     parameters: int
@@ -158,13 +159,14 @@ def make_plan(
     most_pieces = _PIECES * _PIECE_ELEMENTS * needs.piece_bytes_per_element
     cache = needs.device_all if placement.param is Tier.NVME else 0
     useful = {Tier.DEVICE: needs.device_all, Tier.HOST: max(cache, most_pieces, least[Tier.HOST])}
-    working = {t: _whole(max(least[t], min(room[t], useful[t]))) for t in (Tier.DEVICE, Tier.HOST)}
+    least = {t: _whole(n) for t, n in least.items()}
+    working = {t: max(least[t], min(_below(room[t]), _whole(useful[t]))) for t in (Tier.DEVICE, Tier.HOST)}
     piece, depth = _pieces(working[Tier.HOST], needs.piece_bytes_per_element)
     plan = MemoryPlan(
-        placement, caps, table, working, piece, depth,
+        placement, caps, table, working, least, piece, depth,
         sum(s.numel for u in units for s in u.slots), *traffic,
     )  # fmt: skip
-    short = {t: stay[t] + _whole(least[t]) for t in Tier if stay[t] + _whole(least[t]) > caps.of(t)}
+    short = {t: stay[t] + least[t] for t in Tier if stay[t] + least[t] > caps.of(t)}
     over = {t: plan.total(t) for t, have in caps.machine.items() if plan.total(t) > have}
     if short or over:
         raise DoesNotFit(_explain(plan, short, over))
@@ -173,6 +175,10 @@ def make_plan(
 
 def _whole(nbytes: int) -> int:
     return -(-max(nbytes, 0) // IO_BYTES) * IO_BYTES
+
+
+def _below(nbytes: int) -> int:
+    return max(nbytes, 0) // IO_BYTES * IO_BYTES
 
 
 def _pieces(working: int, per_element: int) -> tuple[int, int]:
@@ -198,7 +204,7 @@ def _explain(plan: MemoryPlan, short: dict[Tier, int], over: dict[Tier, int]) ->
     for tier, need in over.items():
         lines.append(
             f"the machine has {plan.caps.machine[tier]:,} bytes of {tier.value} free and the plan takes {need:,}: "
-            f'free some, or lower tierflow.{names[tier]}' + (_slower(tier) if tier is not Tier.NVME else "")
+            f"free some, or lower tierflow.{names[tier]}" + (_slower(tier) if tier is not Tier.NVME else "")
         )
     return "\n".join(lines)
 

@@ -63,7 +63,7 @@ class ShardGeometry:
 
 
 def module_units(model: nn.Module, units: list[Unit]) -> dict[nn.Module, list[Unit]]:
-    """For every module: the units that must be present while its ``forward`` runs.
+    """For every module over managed parameters: the units that must be present while its ``forward`` runs.
 
     A module needs the units that hold its own parameters (shared ones too, wherever they live) and, if it is
     the owner of units, those: a block brings up all that its children use.
@@ -78,7 +78,7 @@ def module_units(model: nn.Module, units: list[Unit]) -> dict[nn.Module, list[Un
         owner = by_name[unit.name.split("/")[0]]
         if unit not in need[owner]:
             need[owner].append(unit)
-    return {m: us for m, us in need.items() if us}
+    return {m: us for m, us in need.items() if any(id(p) in by_param for p in m.parameters())}
 
 
 def partition(model: nn.Module, max_bytes: int | None = None) -> list[Unit]:

@@ -48,7 +48,7 @@ class Arena:
 
     def bytes_at(self, offset: int, nbytes: int) -> torch.Tensor:
         """A uint8 tensor of ``nbytes`` at ``offset`` with a storage of its own (its use count is the lease's)."""
-        assert self._map is not None and 0 <= offset and offset + nbytes <= self.nbytes
+        assert self._map is not None and offset >= 0 and offset + nbytes <= self.nbytes
         start = self._skip + offset
         return torch.frombuffer(memoryview(self._map)[start : start + nbytes], dtype=torch.uint8)
 
@@ -109,7 +109,7 @@ class CudaArena:
 
     def bytes_at(self, offset: int, nbytes: int) -> torch.Tensor:
         """A uint8 tensor of ``nbytes`` at ``offset`` with a storage of its own."""
-        assert self._base is not None and 0 <= offset and offset + nbytes <= self.nbytes
+        assert self._base is not None and offset >= 0 and offset + nbytes <= self.nbytes
         return torch.as_tensor(_ForeignMemory(self._base, offset, nbytes), device=self.device)
 
     def close(self) -> None:

@@ -143,6 +143,6 @@ class Ledger:
     def forget(self) -> None:
         """Drops every record: the end of an engine."""
         for table in (self._states, self._pins, self._chunks):
-            table.clear()  # type: ignore[attr-defined]
+            table.clear()
         self._bytes = dict.fromkeys(Tier, 0)
         self._scratch = dict.fromkeys(Tier, 0)

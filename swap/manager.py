@@ -129,7 +129,7 @@ class Manager:
             except CapacityError:
                 if order is None:
                     order = iter(victims(tier))
-                victim = next((c for c in order if self.evictable(c, tier)), None)  # type: ignore[call-overload]
+                victim = next((c for c in order if self.evictable(c, tier)), None)
                 if victim is None:
                     raise CapacityError(
                         pool.name, nbytes, pool.free, pool.largest, self.ledger.pinned_bytes(tier),

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tierflow.checkpoint import load_checkpoint, save_checkpoint, save_weights
     from tierflow.config import Config, ConfigError, load_config
-    from tierflow.load import load
-    from tierflow.offload import engine_of, gathered, offload
+    from tierflow.loading import load
+    from tierflow.offloading import engine_of, gathered, offload
     from tierflow.optimizer import NonFiniteGradient, OffloadOptimizer
     from tierflow.scheduler.guard import EvictedParameterError
     from tierflow.scheduler.placement import DoesNotFit
@@ -29,10 +29,10 @@ _WHERE = {
     "Config": "config",
     "ConfigError": "config",
     "load_config": "config",
-    "load": "load",
-    "engine_of": "offload",
-    "gathered": "offload",
-    "offload": "offload",
+    "load": "loading",
+    "engine_of": "offloading",
+    "gathered": "offloading",
+    "offload": "offloading",
     "NonFiniteGradient": "optimizer",
     "OffloadOptimizer": "optimizer",
     "EvictedParameterError": "scheduler.guard",
@@ -64,7 +64,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'tierflow' has no attribute {name!r}")
     module = importlib.import_module(f"tierflow.{_WHERE[name]}")
     value = getattr(module, name)
-    # `tierflow.offload` and `tierflow.load` are functions in modules of the same name: the function wins
     globals()[name] = value
     return value
 

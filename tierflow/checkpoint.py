@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tierflow.offload import engine_of
+from tierflow.offloading import engine_of
 from tierflow.optimizer import OffloadOptimizer
 from tierflow.scheduler.contents import SPAN_BYTES, read_bytes, write_bytes
 from tierflow.scheduler.engine import Engine
@@ -48,8 +48,9 @@ def save_weights(model: nn.Module, folder: str | Path, tokenizer: Any = None) ->
 
     write_safetensors(target / "model.safetensors", entries, pieces())
     for part in (getattr(model, "config", None), getattr(model, "generation_config", None), tokenizer):
-        if hasattr(part, "save_pretrained"):
-            part.save_pretrained(target)
+        save = getattr(part, "save_pretrained", None)
+        if save is not None:
+            save(target)
 
 
 def save_checkpoint(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -32,7 +32,7 @@ def finetune(
     accumulation: Annotated[int | None, typer.Option(min=1, help="Micro-batches per optimizer step.")] = None,
     lr: Annotated[float | None, typer.Option(min=0.0, help="Learning rate; default the config's, else 2e-5.")] = None,
     warmup: Annotated[int, typer.Option(min=0, help="Warm-up steps.")] = 0,
-    schedule: Annotated[str, typer.Option(help="constant, linear or cosine.")] = "cosine",
+    schedule: Annotated[str | None, typer.Option(help="constant, linear or cosine; default the config's, else cosine.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps; overrides --epochs.")] = None,
     epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the data.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Order of the data, and torch's generator.")] = 0,
@@ -73,7 +73,7 @@ class _errors:
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> Literal[False]:
         if error is None or not isinstance(error, (ValueError, OSError, FloatingPointError, ImportError, KeyboardInterrupt)):
             # CapacityError and aio's errors are RuntimeError and OSError; other RuntimeErrors are defects
             from tierflow.swap.types import CapacityError

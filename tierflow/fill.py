@@ -6,11 +6,10 @@ from collections.abc import Callable
 
 import torch
 
-from tierflow.cpu_adam import kernels
 from tierflow.scheduler.binding import raw
-from tierflow.scheduler.contents import write_bytes
+from tierflow.scheduler.contents import store_parameter
 from tierflow.scheduler.units import Slot, Unit
-from tierflow.swap import Chunk, Kind, Manager
+from tierflow.swap import Manager
 
 #: (slot, parameter) -> its values as a CPU tensor of any float dtype.
 Source = Callable[[Slot, torch.nn.Parameter], torch.Tensor]
@@ -35,27 +34,8 @@ def fill(manager: Manager, units: list[Unit], source: Source) -> None:
                 raise ValueError(f"{slot.names[0]!r}: {values.numel()} values given, {slot.numel} expected")
             with raw():  # the original is dropped before the next parameter is read
                 param.data = _nothing(slot, unit.dtype, param.device)
-            _store(manager, unit, slot, values)
+            store_parameter(manager, unit, slot, values, lambda tier: ())
 
 
 def _nothing(slot: Slot, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return torch.zeros(1, dtype=dtype, device=device).as_strided(slot.shape, (0,) * len(slot.shape))
-
-
-def _store(manager: Manager, unit: Unit, slot: Slot, values: torch.Tensor) -> None:
-    master = unit.chunks.get(Kind.MASTER)
-    working = values.to(unit.dtype)
-    if master is not None and master.itemsize == 2:
-        remainder = torch.zeros(slot.numel, dtype=torch.int16)
-        if values.dtype != torch.bfloat16:  # a bf16 model's master is the bf16 value itself: remainder 0
-            working = torch.empty(slot.numel, dtype=torch.bfloat16)
-            kernels.split(values.float(), working, remainder)
-            _put(manager, master, slot, remainder)
-    elif master is not None:
-        _put(manager, master, slot, values.float())
-    _put(manager, unit.chunk, slot, working)
-
-
-def _put(manager: Manager, chunk: Chunk, slot: Slot, values: torch.Tensor) -> None:
-    data = values.contiguous().view(torch.uint8)
-    write_bytes(manager, chunk, slot.offset * chunk.itemsize, data, lambda tier: ())

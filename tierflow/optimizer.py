@@ -64,7 +64,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
             raise
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient. ``closure`` is called first, with grad enabled."""
         loss = None
         if closure is not None:
@@ -110,14 +110,14 @@ class OffloadOptimizer(torch.optim.Optimizer):
                 )  # fmt: skip
         return rules
 
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self) -> dict[str, Any]:
         """Groups and step counts; no state tensor is read."""
         manifest = super().state_dict()
         counts = [self.engine.step_counts[id(p)] for g in self.param_groups for p in g["params"]]
         manifest["tierflow"] = {"steps_taken": self.steps_taken, "step_counts": counts}
         return manifest
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes groups and step counts from a manifest. Raises ValueError for a state dict of another optimizer."""
         if "tierflow" not in state_dict:
             raise ValueError(

@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tierflow.config import Config
+from tierflow.scheduler.engine import Engine
 from tierflow.scheduler.placement import MemoryPlan, rows
 from tierflow.swap import Tier
 
@@ -49,6 +51,11 @@ def plan_notes(plan: MemoryPlan) -> list[str]:
         f"training state {size(state)} for {plan.parameters:,} parameters, format {plan.placement.state_format}; "
         f"device and host together hold at most {size(held)} of it"
     ]
+    lines.append(
+        f"these caps suffice: working memory needs {size(plan.least[Tier.DEVICE])} on DEVICE for the modules that run at "
+        f"once and {size(plan.least[Tier.HOST])} on HOST for staging, and has {size(plan.working[Tier.DEVICE])} and "
+        f"{size(plan.working[Tier.HOST])}; the rest caches what is used next"
+    )
     if plan.total(Tier.NVME):
         lines.append(
             f"NVMe per step with one micro-batch: {size(plan.nvme_read)} read, {size(plan.nvme_written)} written; "
@@ -61,7 +68,24 @@ def plan_notes(plan: MemoryPlan) -> list[str]:
     return lines
 
 
+def resolved_config(config: Config, engine: Engine) -> dict[str, Any]:
+    """The config with every "auto" replaced by what this run settled on."""
+    plan, store = engine.plan, engine.manager.store
+    names = {Tier.DEVICE: "none", Tier.HOST: "cpu", Tier.NVME: "nvme"}
+    out = config.resolved()
+    zero = out["zero_optimization"]
+    for block, tier in (("offload_param", plan.placement.param), ("offload_optimizer", plan.placement.optimizer)):
+        zero[block] = {"device": names[tier]} | ({"nvme_path": store.path} if store and tier is Tier.NVME else {})
+    out["tierflow"] |= {
+        "device_memory": plan.caps.device, "host_memory": plan.caps.host, "nvme_capacity": plan.caps.nvme,
+        "optimizer_state": plan.placement.state_format, "device": str(engine.device),
+        "engine": store.engine if store else "none", "piece_elements": plan.piece_elements,
+    }  # fmt: skip
+    return out
+
+
 def print_config(console: Console, resolved: dict[str, Any]) -> None:
-    """The resolved config as JSON."""
+    """The resolved config as JSON, a block on each line."""
     console.print("[bold]resolved config")
-    console.print_json(json.dumps(resolved))
+    lines = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in resolved.items()]
+    console.print("{\n" + ",\n".join(lines) + "\n}", highlight=False, markup=False, soft_wrap=True)

@@ -7,7 +7,7 @@ import os
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 
@@ -58,7 +58,7 @@ class WeightFiles:
             self._open[path] = open(path, "rb", buffering=0)
         file = self._open[path]
         data = torch.empty(end - begin, dtype=torch.uint8)
-        view, got = memoryview(data.numpy()), 0
+        view, got = _bytes(data), 0
         file.seek(start + begin)
         while got < len(view):
             count = file.readinto(view[got:])  # type: ignore[attr-defined]
@@ -74,6 +74,12 @@ class WeightFiles:
         for file in self._open.values():
             file.close()
         self._open.clear()
+
+
+def _bytes(data: torch.Tensor) -> memoryview:
+    """The memory of a uint8 CPU tensor."""
+    array: Any = data.numpy()
+    return memoryview(array)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -148,7 +154,7 @@ def write_safetensors(
         with open(partial, "wb") as file:
             file.write(struct.pack("<Q", len(raw)) + raw)
             for piece in pieces:
-                file.write(memoryview(piece.contiguous().view(-1).view(torch.uint8).numpy()))
+                file.write(_bytes(piece.contiguous().view(-1).view(torch.uint8)))
             written = file.tell() - 8 - len(raw)
             if written != offset:
                 raise AssertionError(f"{written} bytes streamed, {offset} announced")

@@ -247,18 +247,19 @@ void join_range(const std::uint16_t* param, const std::int16_t* remainder, float
   __builtin_memcpy(master + i, x, rest * sizeof x[0]);
 }
 
-// The step's traffic without its arithmetic, for benchmarks: four streams read, three of them written back. Whole
-// vectors only.
+// The step's traffic without its arithmetic, for benchmarks: four streams read, three of them written back; a rest of
+// less than four vectors is left out. Plain, and the fastest of the loops tried: four vectors at a time, no prefetch,
+// and all loads first, since arrays that lie alike in their pages make a load wait for a store just before it.
 void stream_range(const float* read, float* a, float* b, float* c, std::size_t n) {
-  for (std::size_t i = 0; i + V::N <= n; i += V::N) {
-    prefetch(read + i);
-    prefetch<1>(a + i);
-    prefetch<1>(b + i);
-    prefetch<1>(c + i);
-    const V::F x = V::load_f32(read + i);
-    V::store_f32(a + i, V::add(V::load_f32(a + i), x));
-    V::store_f32(b + i, V::add(V::load_f32(b + i), x));
-    V::store_f32(c + i, V::add(V::load_f32(c + i), x));
+  constexpr int kUnroll = 4;
+  float* const written[3] = {a, b, c};
+  for (std::size_t i = 0; i + kUnroll * V::N <= n; i += kUnroll * V::N) {
+    V::F x[kUnroll], y[3][kUnroll];
+    for (int k = 0; k < kUnroll; ++k) x[k] = V::load_f32(read + i + k * V::N);
+    for (int s = 0; s < 3; ++s)
+      for (int k = 0; k < kUnroll; ++k) y[s][k] = V::load_f32(written[s] + i + k * V::N);
+    for (int s = 0; s < 3; ++s)
+      for (int k = 0; k < kUnroll; ++k) V::store_f32(written[s] + i + k * V::N, V::add(y[s][k], x[k]));
   }
 }
 

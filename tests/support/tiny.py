@@ -73,3 +73,62 @@ def weights(model) -> dict[str, torch.Tensor]:
         with tierflow.gathered([p]):
             out[name] = p.detach().clone()
     return out
+
+
+def tight(model: nn.Module, slack: float = 1.0) -> dict[str, str]:
+    """Caps so low that hardly a unit more than the running module's fits: nothing can be cached for long."""
+    from tierflow.offloading import _together
+    from tierflow.scheduler.units import ShardGeometry, partition
+
+    biggest = max(p.numel() * p.element_size() for p in model.parameters())
+    units = partition(model, max_bytes=2 * biggest)
+    size = {u.index: ShardGeometry().padded(u.numel) * u.dtype.itemsize for u in units}
+    together = max(sum(size[u.index] for u in group) for group in _together(model, units))
+    grads = sum(size.values())
+    device = int(max(together * (1 + slack), 8 * biggest)) + (1 << 16)
+    return {"device_memory": str(device), "host_memory": str(grads + 3 * max(size.values()) + (1 << 20))}
+
+
+def reference(model: nn.Module, steps, lr: float = 1e-2, weight_decay: float = 0.1):
+    """Losses and weights of plain torch with the CPU kernels' own optimizer: no movement at all."""
+    from tierflow.cpu_adam import CPUAdamW
+
+    optimizer = CPUAdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay)
+    losses = []
+    for loss_of in steps:
+        loss = loss_of(model)
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, weights(model)
+
+
+def offloaded(model: nn.Module, steps, path, placement: str = "everything", seed: int | None = 1, **options):
+    """The same loop under tierflow with tight caps, slots at random and freed memory poisoned."""
+    import random
+
+    import tierflow
+    from tierflow.swap import DebugMemory
+
+    debug = None if seed is None else DebugMemory(random.Random(seed))
+    caps = tight(model) | options
+    _, optimizer = tierflow.offload(model, config(placement, path, **caps), debug_memory=debug)
+    try:
+        losses = []
+        for loss_of in steps:
+            loss = loss_of(model)
+            loss.backward()
+            losses.append(loss.item())
+            optimizer.step()
+            optimizer.zero_grad()
+            optimizer.engine.manager.ledger.check()
+        moved = optimizer.engine.manager.traffic
+        return losses, weights(model), moved
+    finally:
+        optimizer.close()
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether two sets of weights agree in every bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +15,14 @@ from tierflow.checkpoint import save_weights
 from tierflow.config import Config, load_config
 from tierflow.finetune.data import Batches, DataError, Tokens, load_sequences, load_tokens
 from tierflow.finetune.estimate import transients
-from tierflow.finetune.evaluate import HeldOut, held_out, sample, together
+from tierflow.finetune.evaluate import held_out, sample, together
 from tierflow.finetune.meter import Meter, StepRecord, peak_rss
 from tierflow.finetune.options import SAMPLE_TOKENS, Options
 from tierflow.finetune.outputs import plot, write_metrics
-from tierflow.finetune.train import LossNotFinite, Trainer
-from tierflow.load import load
+from tierflow.finetune.train import LearningRate, LossNotFinite, Trainer
+from tierflow.loading import load
 from tierflow.swap import Tier
-from tierflow.tables import plan_notes, plan_table, print_config, size
+from tierflow.tables import plan_notes, plan_table, print_config, resolved_config, size
 
 #: Learning rate when neither the command line nor a config names one.
 DEFAULT_LR = 2e-5
@@ -66,49 +65,50 @@ def prepare(options: Options, console: Console) -> Run:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     sequences = load_sequences(options.data, tokenizer, options.sequence_length)
     scored = load_tokens(options.eval_data, tokenizer)
-    micro = options.micro_batch or _auto(config.train_micro_batch_size_per_gpu, 1)
-    batches = Batches(sequences, micro, _auto(config.gradient_accumulation_steps, 1), options.seed)
+    micro, accumulation = config.train_micro_batch_size_per_gpu or 1, config.gradient_accumulation_steps or 1
+    batches = Batches(sequences, micro, accumulation, options.seed)
     options.output.mkdir(parents=True, exist_ok=True)
     before = peak_rss()
     swap = options.nvme_path or options.output / "swap"
     with console.status("streaming weights to their tiers"):
         model, optimizer = load(AutoModelForCausalLM, options.model, config, nvme_path=str(swap))
     total = options.steps or batches.steps_for(options.epochs)
-    trainer = Trainer(model, optimizer, batches, options, total, Meter(optimizer.engine))
+    learning_rate = LearningRate(config.scheduler, options, total)
+    trainer = Trainer(model, optimizer, batches, options, total, Meter(optimizer.engine), learning_rate)
     return Run(options, config, tokenizer, trainer, scored, before)
 
 
 def effective_config(options: Options) -> Config:
     """The file's config, or all "auto", with what the command line says on top."""
-    raw: dict[str, Any] = {"zero_optimization": {"stage": 3, "offload_param": {"device": "auto"}, "offload_optimizer": {"device": "auto"}}}
-    if options.config is not None:
-        load_config(options.config)  # for its errors, which name the file
-        raw = json.loads(options.config.read_text())
-    optimizer = raw.setdefault("optimizer", {"type": "AdamW", "params": {"weight_decay": 0.0}})
-    params = optimizer.setdefault("params", {})
-    if options.lr is not None or params.get("lr", "auto") == "auto":
-        params["lr"] = options.lr if options.lr is not None else DEFAULT_LR
+    config = load_config(options.config)
+    over: dict[str, Any] = {}
+    named = config.optimizer.params.lr if config.optimizer is not None else None
+    if options.lr is not None or named is None:
+        over["optimizer"] = {"params": {"lr": options.lr if options.lr is not None else DEFAULT_LR}}
     if options.accumulation is not None:
-        raw["gradient_accumulation_steps"] = options.accumulation
-    return load_config(raw)
-
-
-def _auto(value: int | None, default: int) -> int:
-    return default if value is None else value
+        over["gradient_accumulation_steps"] = options.accumulation
+    if options.micro_batch is not None:
+        over["train_micro_batch_size_per_gpu"] = options.micro_batch
+    return load_config(options.config, overrides=over)
 
 
 def show(run: Run, console: Console) -> None:
     """The resolved config, the table of bytes, and what lies outside it."""
-    print_config(console, run.config.resolved())
     engine, batches = run.trainer.optimizer.engine, run.trainer.batches
+    resolved = resolved_config(run.config, engine)
+    batch = {"train_micro_batch_size_per_gpu": batches.micro_batch, "gradient_accumulation_steps": batches.accumulation}
+    print_config(console, resolved | batch | {"train_batch_size": batches.sequences_per_step})
+    for note in run.config.ignored_notes(scheduler_used=True):
+        console.print(f"note: {note}", highlight=False, markup=False)
     console.print(plan_table(engine.plan))
     for note in plan_notes(engine.plan):
-        console.print(note, highlight=False)
+        console.print(note, highlight=False, soft_wrap=True)
     outside = transients(run.trainer.model, batches.micro_batch, batches.sequences.length)
     console.print(
         f"outside the tiers, estimated: activations {size(outside.activations)}, logits {size(outside.logits)}, "
         f"gradients inside autograd {size(outside.gradients)}",
         highlight=False,
+        soft_wrap=True,
     )
     store = engine.manager.store
     if store is not None:
@@ -117,6 +117,7 @@ def show(run: Run, console: Console) -> None:
         f"data: {len(batches.sequences):,} sequences of {batches.sequences.length} tokens; "
         f"{run.trainer.total} steps of {batches.tokens_per_step:,} tokens",
         highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -132,7 +133,7 @@ def _train(run: Run, console: Console) -> None:
     trainer.meter.engine.take_report()
 
     def after(record: StepRecord) -> None:
-        console.print(record.line(trainer.total), highlight=False)
+        console.print(record.line(trainer.total), highlight=False, soft_wrap=True)
         every = options.eval_every
         if every and (record.step + 1) % every == 0 and record.step + 1 < trainer.total:
             _evaluate(run, console, record.step + 1)
@@ -164,13 +165,14 @@ def _evaluate(run: Run, console: Console, step: int) -> None:
             f"held out after {step} steps  {Path(result.name).name:32} loss {result.loss:.4f}  perplexity "
             f"{result.perplexity:.2f}  ({result.tokens:,} tokens)",
             highlight=False,
+        soft_wrap=True,
         )
 
 
 def _say(run: Run, console: Console, when: str) -> str:
     prompt = run.options.prompt or _first_words(run)
     text = sample(run.trainer.model, run.tokenizer, prompt, SAMPLE_TOKENS)
-    console.print(f"sample {when}: [dim]{_shown(prompt)}[/][bold]{_shown(text)}", highlight=False)
+    console.print(f"sample {when}: [dim]{_shown(prompt)}[/][bold]{_shown(text)}", highlight=False, soft_wrap=True)
     return prompt + text
 
 
@@ -194,13 +196,14 @@ def _finish(run: Run, console: Console, samples: dict[str, str]) -> None:
         pools = engine.manager.pools[tier]
         used = pools.resident.peak + pools.working.peak
         console.print(
-            f"{tier.name}: at most {size(used)} in use of the {size(plan.total(tier))} planned and taken", highlight=False
+            f"{tier.name}: at most {size(used)} in use of the {size(plan.total(tier))} planned and taken", highlight=False, soft_wrap=True
         )
     held = plan.total(Tier.DEVICE) + plan.total(Tier.HOST)
     console.print(
         f"peak resident memory of the process {size(peak)}: {size(run.rss_before)} before the model (Python, torch), "
         f"{size(held)} in the tiers' arenas, {size(peak - run.rss_before - held)} activations, autograd and the C allocator",
         highlight=False,
+        soft_wrap=True,
     )
     picture = plot(run.trainer.history, run.trainer.meter, plan, options.output)
     write_metrics(run.trainer.history, plan, peak, samples, options.output)

@@ -88,9 +88,9 @@ class Meter:
         report, phases = self.engine.take_report(), self._phases
         self._phases = {}
         moved = report.traffic
-        parts = [phases.get(n, 0.0) for n in ("forward", "backward", "update")]
+        forward, backward, update = (phases.get(n, 0.0) for n in ("forward", "backward", "update"))
         return StepRecord(
-            step, loss, lr, tokens, grad_norm, *parts, moved.wait_read + moved.wait_write,
+            step, loss, lr, tokens, grad_norm, forward, backward, update, moved.wait_read + moved.wait_write,
             moved.nvme_read, moved.nvme_written, sum(phases.values()),
         )  # fmt: skip
 

@@ -25,7 +25,7 @@ class Options:
     accumulation: int | None = None
     lr: float | None = None
     warmup: int = 0
-    schedule: str = "cosine"
+    schedule: str | None = None
     steps: int | None = None
     epochs: float = 1.0
     seed: int = 0

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tierflow.checkpoint import load_checkpoint, save_checkpoint
+from tierflow.config import SchedulerBlock
 from tierflow.finetune.data import IGNORED, Batches
 from tierflow.finetune.evaluate import HeldOut
 from tierflow.finetune.meter import Meter, StepRecord
@@ -51,6 +52,20 @@ class History:
         return cls([StepRecord(**s) for s in data["steps"]], evaluations)
 
 
+class LearningRate:
+    """The rate of each step: the command line's schedule, else the config's, else cosine."""
+
+    def __init__(self, configured: SchedulerBlock | None, options: Options, total: int):
+        self._configured = configured if options.schedule is None else None
+        self._schedule = Schedule(options.schedule or "cosine", options.warmup, total)
+        self._total = total
+
+    def __call__(self, base: float, step: int) -> float:
+        if self._configured is not None:
+            return self._configured.lr(step, base, self._total)
+        return base * self._schedule(step)
+
+
 @dataclass
 class Trainer:
     """Runs steps [history's end, total) and keeps the history."""
@@ -61,11 +76,10 @@ class Trainer:
     options: Options
     total: int
     meter: Meter
+    learning_rate: LearningRate
     history: History = field(default_factory=History)
 
     def __post_init__(self) -> None:
-        schedule = Schedule(self.options.schedule, self.options.warmup, self.total)
-        self._factor = schedule
         self._base = [float(g["lr"]) for g in self.optimizer.param_groups]
 
     def resume(self) -> int:
@@ -92,7 +106,7 @@ class Trainer:
 
     def _step(self, step: int) -> StepRecord:
         for group, base in zip(self.optimizer.param_groups, self._base, strict=True):
-            group["lr"] = base * self._factor(step)
+            group["lr"] = self.learning_rate(base, step)
         wanted = self.batches.learned_tokens(step)
         loss = 0.0
         for micro in range(self.batches.accumulation):

@@ -56,6 +56,9 @@ def offload(
     Raises ConfigError, DoesNotFit (with the table of needs) before anything is allocated; OSError for the path.
     """
     cfg = load_config(config)
+    if not isinstance(config, Config):  # whoever made the Config has seen its notes
+        for note in cfg.ignored_notes():
+            log.info(note)
     groups = _groups(model, cfg, optimizer, param_groups)
     if getattr(model, "_tierflow_engine", None) is not None:
         raise ValueError("this model is offloaded already: close its optimizer before offloading it again")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tierflow.offload import ConfigLike, offload
+from tierflow.offloading import ConfigLike, offload
 from tierflow.optimizer import OffloadOptimizer
 from tierflow.scheduler.units import Slot
 from tierflow.weights import WeightFiles, WeightsError
@@ -83,7 +83,7 @@ def _parameters_on_meta() -> Iterator[None]:
             param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
         original(module, name, param)
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -1,0 +1,201 @@
+"""The blocks of the configuration as frozen models. None stands for "auto" wherever the word itself does not."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from tierflow.config_schedule import warmup_cosine, warmup_decay
+from tierflow.sizes import parse_size
+
+
+def _whole(value: Any) -> Any:
+    # JSON written by Python often has 5e8 where a whole number is meant
+    return int(value) if isinstance(value, float) and math.isfinite(value) and value == int(value) else value
+
+
+def _path(value: Any) -> Any:
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        raise ValueError("expected a path")
+    return os.path.expanduser(value)
+
+
+def _betas(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Positive = Annotated[Whole, Field(ge=1)]
+Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Size = Annotated[int, BeforeValidator(parse_size)]
+Directory = Annotated[str, BeforeValidator(_path)]
+Where = Literal["none", "cpu", "nvme", "auto"]
+
+
+class Block(BaseModel):
+    """A frozen block whose values have the very types they are declared with; "auto" is None or the default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    #: Fields in which "auto" is a value of its own.
+    says_auto: ClassVar[frozenset[str]] = frozenset()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _derive_auto(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        kept = {}
+        for name, value in data.items():
+            known = cls.model_fields.get(name)
+            if (
+                value is None
+                or not (isinstance(value, str) and value == "auto")
+                or known is None
+                or known.is_required()
+                or name in cls.says_auto
+            ):
+                kept[name] = value
+            elif type(None) in get_args(known.annotation):
+                kept[name] = None
+        return kept
+
+
+class TierflowBlock(Block):
+    """What DeepSpeed has no key for. Memory figures are caps in bytes on what tierflow holds in that tier."""
+
+    says_auto = frozenset({"optimizer_state", "device", "engine"})
+    device_memory: Size | None = None
+    host_memory: Size | None = None
+    nvme_capacity: Size | None = None
+    optimizer_state: Literal["auto", "fp32", "lossless"] = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:(0|[1-9][0-9]{0,3}))?)$")] = "auto"
+    engine: Literal["auto", "io_uring", "threads"] = "auto"
+    prefetch: bool = True
+    piece_elements: Positive | None = None
+    report: bool = True
+
+
+class OffloadBlock(Block):
+    """Where a kind of state lives, and on which directory's drive when that is NVMe."""
+
+    says_auto = frozenset({"device"})
+    device: Where = "auto"
+    nvme_path: Directory | None = None
+
+
+class ZeroBlock(Block):
+    """``zero_optimization``: where parameters and optimizer states live."""
+
+    stage: Annotated[Whole, Field(ge=0, le=3)] = 3
+    offload_param: OffloadBlock = OffloadBlock()
+    offload_optimizer: OffloadBlock = OffloadBlock()
+
+
+class AioBlock(Block):
+    """How files are read and written; None leaves a setting to the I/O engine."""
+
+    block_size: Annotated[Size, Field(le=1 << 30)] | None = None
+    queue_depth: Annotated[Positive, Field(le=4096)] | None = None
+    thread_count: Annotated[Positive, Field(le=1024)] | None = None
+    intra_op_parallelism: Annotated[Positive, Field(le=1024)] | None = None
+
+
+class Bf16Block(Block):
+    """``enabled`` casts the model to bf16; None (auto) and False leave the model's own dtype."""
+
+    enabled: bool | None = False
+
+
+class DataTypesBlock(Block):
+    """``grad_accum_dtype``: of the host's gradient accumulator; None is fp32 with accumulation."""
+
+    grad_accum_dtype: Literal["fp32", "bf16", "fp16"] | None = None
+
+
+class AdamParams(Block):
+    """Adam's settings; None is "auto", left to whoever makes the optimizer."""
+
+    lr: Number | None = 1e-3
+    betas: Annotated[tuple[Beta, Beta], BeforeValidator(_betas)] | None = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 1e-8
+    weight_decay: Number | None = 0.0
+    adam_w_mode: bool = True
+    torch_adam: bool = False
+    maximize: bool = False
+
+
+def _name_optimizer(value: Any) -> Any:
+    # DeepSpeed takes its own optimizers' names in any case
+    return {"adamw": "AdamW", "adam": "Adam"}.get(value.lower(), value) if isinstance(value, str) else value
+
+
+class OptimizerBlock(Block):
+    """AdamW, or Adam; DeepSpeed's Adam is AdamW unless ``adam_w_mode`` is false."""
+
+    type: Annotated[Literal["AdamW", "Adam"], BeforeValidator(_name_optimizer)] = "AdamW"
+    params: AdamParams = AdamParams()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_decay(cls, data: Any) -> Any:
+        # [Note: weight decay] DeepSpeed's own Adam decays nothing unless told to; torch's AdamW decays by 0.01. With
+        # torch_adam DeepSpeed hands over to torch, default included.
+        params = data.get("params") if isinstance(data, dict) else None
+        if not isinstance(params, dict) or params.get("torch_adam") is not True or "weight_decay" in params:
+            return data
+        decoupled = params.get("adam_w_mode", True) is True
+        return data | {"params": params | {"weight_decay": 0.01 if decoupled else 0.0}}
+
+    @property
+    def decoupled(self) -> bool:
+        """Whether weight decay acts on the weight (AdamW) rather than on the gradient."""
+        return self.params.adam_w_mode
+
+    def group(self) -> dict[str, Any]:
+        """As the keys of a torch param group; a value is None where the config says "auto"."""
+        p = self.params
+        return {
+            "lr": p.lr,
+            "betas": p.betas,
+            "eps": p.eps,
+            "weight_decay": p.weight_decay,
+            "maximize": p.maximize,
+            "decoupled_weight_decay": self.decoupled,
+        }
+
+
+class SchedulerParams(Block):
+    """None is "auto": the optimizer's lr, the run's number of steps, or DeepSpeed's default."""
+
+    warmup_min_lr: Number = 0.0
+    warmup_max_lr: Number | None = None
+    warmup_num_steps: Positive = 1000
+    warmup_type: Literal["log", "linear"] = "log"
+    total_num_steps: Positive | None = None
+    warmup_min_ratio: Share = 0.0
+    cos_min_ratio: Share = 1e-4
+
+
+class SchedulerBlock(Block):
+    """One of DeepSpeed's warm-up schedules, with its numbers."""
+
+    type: Literal["WarmupLR", "WarmupDecayLR", "WarmupCosineLR"]
+    params: SchedulerParams = SchedulerParams()
+
+    def lr(self, step: int, base_lr: float, total_steps: int) -> float:
+        """The learning rate of optimizer step ``step`` (0 is the first).
+
+        ``base_lr`` and ``total_steps`` serve where the config leaves them to the run.
+        """
+        p, total = self.params, self.params.total_num_steps or total_steps
+        if self.type == "WarmupCosineLR":
+            return base_lr * warmup_cosine(step, p, total)
+        top = base_lr if p.warmup_max_lr is None else p.warmup_max_lr
+        factor = warmup_decay(step, p, total if self.type == "WarmupDecayLR" else None)
+        return p.warmup_min_lr + (top - p.warmup_min_lr) * factor
