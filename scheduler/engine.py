@@ -22,7 +22,7 @@ from tierflow.scheduler.hooks import ModelHooks, in_backward
 from tierflow.scheduler.placement import MemoryPlan
 from tierflow.scheduler.rules import Rule
 from tierflow.scheduler.trace import Recorder
-from tierflow.scheduler.traffic import default_order
+from tierflow.scheduler.traffic import Pools, default_order, estimate
 from tierflow.scheduler.units import Slot, Unit
 from tierflow.scheduler.update import Job, UpdatePipeline
 from tierflow.swap import CapacityError, Chunk, CopyState, Kind, Lease, Ledger, Manager, Tier, Traffic
@@ -54,7 +54,7 @@ class Engine:
     def __init__(self, model: nn.Module, units: list[Unit], plan: MemoryPlan, manager: Manager, prefetch: bool = True):
         self.model, self.units, self.plan, self.manager = model, units, plan, manager
         self.device = manager.pools[Tier.DEVICE].resident.arena.device
-        self.recorder = Recorder(default_order(units))
+        self.recorder = Recorder(default_order(model, units))
         self.binder = Binder(units, self.device, self)
         self.report = StepReport()
         self.failed: str | None = None
@@ -266,6 +266,11 @@ class Engine:
             self._warned = True
             log.warning("the order in which modules run has changed between steps; prefetch follows the new order")
         self.report.update_seconds += time.perf_counter() - began
+
+    def expected_traffic(self) -> tuple[int, int]:
+        """(read, written) NVMe bytes of a steady step in the order of use learned so far."""
+        pools = Pools.of(self.plan, self.device.type == "cpu")
+        return estimate(self.units, self.plan.placement, pools, self.recorder.trace.order)
 
     def take_report(self) -> StepReport:
         """The report since the last call, and a fresh one."""

@@ -68,7 +68,7 @@ class Evicted(nn.Parameter):
             return func(*args, **kwargs)
         # nn.Module reads and writes parameters for state dicts with detach() and copy_(): known by the caller alone
         caller = sys._getframe(1).f_code.co_name
-        answer = found[0]._tierflow_owner.on_touch(found, func, args, caller)  # type: ignore[attr-defined]
+        answer = found[0]._tierflow_owner.on_touch(found, func, args, caller)
         return answer if answer is not None else func(*args, **kwargs)
 
     def __deepcopy__(self, memo: Any) -> Any:

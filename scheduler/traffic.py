@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tierflow.scheduler.placement import Placement
+from torch import nn
+
+from tierflow.scheduler.placement import MemoryPlan, Placement
 from tierflow.scheduler.trace import Trace
-from tierflow.scheduler.units import Unit
+from tierflow.scheduler.units import Unit, module_units
 from tierflow.swap import Kind, Tier
 
 
@@ -19,6 +21,12 @@ class Pools:
     piece_elements: int
     pieces: int
     device_is_host: bool  # kernels work on DEVICE memory too
+
+    @classmethod
+    def of(cls, plan: MemoryPlan, device_is_host: bool) -> Pools:
+        """What the plan gives."""
+        sizes = plan.working[Tier.DEVICE], plan.working[Tier.HOST]
+        return cls(*sizes, plan.piece_elements, plan.pieces_in_flight, device_is_host)
 
 
 class _Cache:
@@ -94,7 +102,16 @@ def _scratch(units: list[Unit], placement: Placement, pools: Pools) -> int:
     return sum(sorted(pieces)[-pools.pieces :])
 
 
-def default_order(units: list[Unit]) -> list[int]:
-    """The order of use that is assumed before one is seen: forward, then backward."""
-    forward = [u.index for u in units]
-    return forward + forward[::-1]
+def default_order(model: nn.Module, units: list[Unit]) -> list[int]:
+    """The order of use that is assumed before one is seen: modules as registered, then back.
+
+    The backward of an embedding does not look at its weight.
+    """
+    forward, backward = list[int](), list[int]()
+    for module, needed in module_units(model, units).items():
+        indices = [u.index for u in needed]
+        forward += indices
+        if not isinstance(module, nn.Embedding):
+            backward += indices
+    order = forward + backward[::-1]
+    return [u for i, u in enumerate(order) if i == 0 or order[i - 1] != u]

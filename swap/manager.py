@@ -6,6 +6,7 @@ ordered list of victims, and what to bring up comes as calls of ``fetch``.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -319,7 +320,5 @@ class Manager:
 
 
 def _quietly(ticket: Ticket) -> None:
-    try:
+    with contextlib.suppress(OSError):
         ticket.wait()
-    except OSError:
-        pass

@@ -30,7 +30,7 @@ from tierflow.config_models import (
     TierflowBlock,
     ZeroBlock,
 )
-from tierflow.config_reader import ConfigError, Note, read, read_file, show
+from tierflow.config_reader import ConfigError, Note, list_notes, read, read_file, show
 from tierflow.sizes import parse_size
 
 __all__ = ["Config", "ConfigError", "Note", "load_config"]
@@ -62,8 +62,8 @@ class Config(Block):
         return tuple(note.path for note in self.notes if note.role is Role.COMPUTED)
 
     def ignored_notes(self, *, scheduler_used: bool = False) -> list[str]:
-        """One line for each given key that has no effect of its own, and why."""
-        lines = [str(note) for note in self.notes]
+        """The given keys that have no effect of their own, and why; a line for each reason."""
+        lines = list_notes(self.notes)
         if self.scheduler is not None and not scheduler_used:
             lines.append(
                 f"scheduler.type = {show(self.scheduler.type)}: followed by `tierflow finetune` only; in your own loop "
@@ -128,7 +128,7 @@ def _build(source: Mapping[str, Any]) -> Config:
     try:
         config = Config.model_validate(reading.values | {"notes": tuple(reading.notes)})
     except ValidationError as error:
-        problems += _sentences(error)
+        problems += _sentences(error, reading.values)
         raise ConfigError(*problems) from None
     problems += _contradictions(config)
     sizes, trouble = _batch_sizes(reading.values, config)
@@ -152,19 +152,28 @@ def _refuse_optimizer(values: dict[str, Any], problems: list[str]) -> None:
     )
 
 
-def _sentences(error: ValidationError) -> list[str]:
+def _sentences(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
     """Pydantic's findings in the words of the key table, each field once."""
     found: dict[str, str] = {}
     for item in error.errors(include_url=False):
-        parts = [str(part) for part in item["loc"]]
         # the place inside a list, or the branch of a union, comes after the key's own path
-        path = next((".".join(parts[:n]) for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in KEYS), "")
-        value = item["input"]
+        path = ""
+        for part in item["loc"]:
+            path = f"{path}.{part}" if path else str(part)
+            if path in KEYS:
+                break
         if item["type"] == "missing":
             found[path] = f"{path} is missing: expected {KEYS[path].expect}"
-        elif path and path not in found:
-            found[path] = _sentence(path, value)
+        else:
+            found[path] = _sentence(path, _at(values, path))
     return list(found.values())
+
+
+def _at(values: Mapping[str, Any], path: str) -> Any:
+    here: Any = values
+    for name in path.split("."):
+        here = here[name]
+    return here
 
 
 def _sentence(path: str, value: Any) -> str:

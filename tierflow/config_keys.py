@@ -114,7 +114,7 @@ _SCHEDULER = [
               note="`tierflow finetune` follows it; in your own loop use a torch.optim.lr_scheduler"),
     _honoured("scheduler.params.warmup_min_lr", 'a number of 0 or more, or "auto"', "0.0"),
     _honoured("scheduler.params.warmup_max_lr", 'a number of 0 or more, or "auto"', "optimizer.params.lr"),
-    _honoured("scheduler.params.warmup_num_steps", _POSITIVE, "1000", "optimizer steps"),
+    _honoured("scheduler.params.warmup_num_steps", _POSITIVE, "1000", "optimizer steps", "auto: the run's"),
     _honoured("scheduler.params.warmup_type", '"log" or "linear"', "log"),
     _honoured("scheduler.params.total_num_steps", _POSITIVE, "the run's", "optimizer steps"),
     _honoured("scheduler.params.warmup_min_ratio", 'a number from 0 to 1, or "auto"', "0.0", "of lr"),
@@ -192,7 +192,7 @@ _AIO = [
     Key("aio.io_backend", Role.UNUSED, TEXT, note="tierflow.engine chooses the I/O engine"),
 ]
 
-_FP16_OFF = "it belongs to fp16, which is off"
+_FP16_OFF = ""  # they belong to fp16, which is off: nothing to list
 _FP16 = [
     _refused("fp16.enabled", BOOL, (False,), "dynamic loss scaling is not available yet; train in bf16 (bf16.enabled) or "
              "fp32, or put torch.amp.GradScaler around the loop yourself"),
@@ -236,7 +236,7 @@ _REST = [
              "available yet; leave it out"),
     _refused("prescale_gradients", BOOL, (False,), "gradients are averaged once, at the end; leave it out"),
     _refused("gradient_predivide_factor", NUMBER, (1,), "gradients are averaged once, at the end; leave it out"),
-    _refused("gradient_allreduce_op", TEXT, ("avg", "average", "mean"), "gradients are averaged over ranks; leave it out"),
+    _refused("gradient_allreduce_op", TEXT, ("mean", "MEAN", "Mean"), "gradients are averaged over ranks; leave it out"),
     _refused("sparse_gradients", BOOL, (False,), "sparse gradients are not available; leave it out, and build "
              "embeddings with sparse=False"),
     _refused("dataloader_drop_last", BOOL, (False,), "tierflow makes no data loader for you; set drop_last in yours"),
@@ -298,9 +298,16 @@ ALIASES = {"bfloat16": "bf16"}
 
 #: Known values that are not there yet: (key, value) -> the reason and the remedy.
 NOT_YET: dict[tuple[str, str], str] = {
-    ("tierflow.optimizer_state", name): f'the "{name}" state format is not available yet; use "auto", "fp32" or '
-    '"lossless"'
-    for name in ("bf16", "int8")
+    **{
+        ("tierflow.optimizer_state", name): f'the "{name}" state format is not available yet; use "auto", "fp32" or '
+        '"lossless"'
+        for name in ("bf16", "int8")
+    },
+    **{
+        ("scheduler.type", name): "this schedule is not available; use one of the three warm-up schedules, or leave "
+        "scheduler out and put a torch.optim.lr_scheduler on the optimizer"
+        for name in ("LRRangeTest", "OneCycle")
+    },
 }
 
 

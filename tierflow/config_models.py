@@ -175,7 +175,7 @@ class SchedulerParams(Block):
 
     warmup_min_lr: Number = 0.0
     warmup_max_lr: Number | None = None
-    warmup_num_steps: Positive = 1000
+    warmup_num_steps: Positive | None = 1000
     warmup_type: Literal["log", "linear"] = "log"
     total_num_steps: Positive | None = None
     warmup_min_ratio: Share = 0.0
@@ -188,14 +188,17 @@ class SchedulerBlock(Block):
     type: Literal["WarmupLR", "WarmupDecayLR", "WarmupCosineLR"]
     params: SchedulerParams = SchedulerParams()
 
-    def lr(self, step: int, base_lr: float, total_steps: int) -> float:
+    def lr(self, step: int, base_lr: float, total_steps: int, warmup_steps: int = 0) -> float:
         """The learning rate of optimizer step ``step`` (0 is the first).
 
-        ``base_lr`` and ``total_steps`` serve where the config leaves them to the run.
+        ``base_lr``, ``total_steps`` and ``warmup_steps`` are the run's, for what the config leaves to it.
         """
-        p, total = self.params, self.params.total_num_steps or total_steps
+        p = self.params
+        warmup = warmup_steps if p.warmup_num_steps is None else p.warmup_num_steps
+        total = p.total_num_steps or total_steps
         if self.type == "WarmupCosineLR":
-            return base_lr * warmup_cosine(step, p, total)
+            lowest = (p.warmup_min_ratio, p.cos_min_ratio)
+            return base_lr * warmup_cosine(step, warmup, p.warmup_type, total, lowest)
         top = base_lr if p.warmup_max_lr is None else p.warmup_max_lr
-        factor = warmup_decay(step, p, total if self.type == "WarmupDecayLR" else None)
+        factor = warmup_decay(step, warmup, p.warmup_type, total if self.type == "WarmupDecayLR" else None)
         return p.warmup_min_lr + (top - p.warmup_min_lr) * factor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,10 @@ from tierflow import config_keys
 from tierflow.config_keys import ALIASES, KEYS, Key, Role
 
 _BLOCKS = config_keys.blocks()
+#: Blocks with something honoured in them; of the others nothing is kept but notes.
+_MODELLED = {
+    block for block in _BLOCKS if any(k.role is Role.HONOURED for p, k in KEYS.items() if p.startswith(f"{block}."))
+}
 
 
 class ConfigError(ValueError):
@@ -33,9 +37,14 @@ class Note:
     value: Any
     reason: str
 
-    def __str__(self) -> str:
-        verb = "computed here" if self.role is Role.COMPUTED else "not used"
-        return f"{self.path} = {show(self.value)}: {verb}; {self.reason}"
+
+def list_notes(notes: Iterable[Note]) -> list[str]:
+    """A line for each reason, with the keys that it is given for."""
+    lines: dict[tuple[Role, str], list[str]] = {}
+    for note in notes:
+        lines.setdefault((note.role, note.reason), []).append(f"{note.path} = {show(note.value)}")
+    verbs = {Role.COMPUTED: "computed here", Role.UNUSED: "not used"}
+    return [f"{', '.join(keys)}: {verbs[role]}; {reason}" for (role, reason), keys in lines.items()]
 
 
 @dataclass
@@ -49,6 +58,8 @@ class Reading:
 
 def show(value: Any) -> str:
     """A value as it stands in JSON, cut short if it is long."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        value = int(value)
     try:
         text = json.dumps(value)
     except (TypeError, ValueError):
@@ -128,10 +139,11 @@ def _read_inner(path: str, name: str, value: Any, values: dict[str, Any], readin
     if value is None or value == "auto":
         return
     if isinstance(value, Mapping):
-        values[name] = _read_block(path, value, reading)
+        inner = _read_block(path, value, reading)
+        if path in _MODELLED:
+            values[name] = inner
     else:
-        known = ", ".join(_BLOCKS[path])
-        reading.problems.append(f"{path} is {show(value)}: expected a block {{...}} with keys among {known}")
+        reading.problems.append(f"{path} is {show(value)}: expected a block {{...}}; {_names(path)}")
 
 
 def _read_key(key: Key, value: Any, values: dict[str, Any], reading: Reading) -> None:
@@ -143,6 +155,8 @@ def _read_key(key: Key, value: Any, values: dict[str, Any], reading: Reading) ->
     if not _has_type(key.expect, value):
         reading.problems.append(f"{key.path} is {show(value)}: expected {key.expect}")
     elif key.role is not Role.REFUSED:
+        if key.role is Role.UNUSED and (not key.note or value is False or value == {"enabled": False}):
+            return  # what is not there is off as asked: nothing to say
         reading.notes.append(Note(key.path, key.role, value, key.note))
     elif not _is_off(key, value):
         reading.problems.append(f"{key.path} is {show(value)}, which tierflow refuses: {key.note}")
@@ -181,8 +195,15 @@ def _unknown(path: str, name: Any) -> str:
     if near:
         return f"unknown key {inner}: did you mean {' or '.join(near)}?"
     if path:
-        return f"unknown key {inner}: {path} has the keys {', '.join(_BLOCKS[path])}"
+        return f"unknown key {inner}: {_names(path)}"
     return f"unknown key {inner}: docs/config.md lists every key"
+
+
+def _names(block: str) -> str:
+    """The keys of a block that do something, for a message."""
+    paths = [f"{block}.{name}" for name in _BLOCKS[block]]
+    known = [p for p in paths if p in _BLOCKS or KEYS[p].role is Role.HONOURED]
+    return f"{block} takes {', '.join(p.rpartition('.')[2] for p in known)}"
 
 
 def nearest(path: str, name: str) -> list[str]:

@@ -203,11 +203,7 @@ def _grad_dtype(cfg: Config) -> torch.dtype | None:
 def _plan(model: nn.Module, units: list[Unit], placement: Placement, caps: Any, device: torch.device) -> MemoryPlan:
     together = _together(model, units)
     plan = make_plan(units, placement, caps, together, (0, 0))
-    pools = Pools(
-        plan.working[Tier.DEVICE], plan.working[Tier.HOST], plan.piece_elements, plan.pieces_in_flight,
-        device.type == "cpu",
-    )  # fmt: skip
-    traffic = estimate(units, placement, pools, default_order(units))
+    traffic = estimate(units, placement, Pools.of(plan, device.type == "cpu"), default_order(model, units))
     return make_plan(units, placement, caps, together, traffic)
 
 

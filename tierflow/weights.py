@@ -55,7 +55,7 @@ class WeightFiles:
         entries, start = self._headers[path]
         begin, end = entries[name]["data_offsets"]
         if path not in self._open:
-            self._open[path] = open(path, "rb", buffering=0)
+            self._open[path] = open(path, "rb", buffering=0)  # noqa: SIM115
         file = self._open[path]
         data = torch.empty(end - begin, dtype=torch.uint8)
         view, got = _bytes(data), 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 
@@ -31,7 +32,7 @@ def test_leases_never_overlap_and_everything_comes_back(steps: list[tuple[int, i
         if held and drop == 0:
             held.pop(drop % len(held)).release()
         spans = sorted((h.offset, h.offset + h.nbytes) for h in held)
-        assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False))
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
         assert all(a >= 4096 and b <= 4096 + 200 * 1024 and a % 4096 == 0 for a, b in spans)
         assert pool.leased == sum(b - a for a, b in spans)
     for h in held:
