@@ -82,6 +82,18 @@ def store_parameter(manager: Manager, unit: Unit, slot: Slot, values: torch.Tens
     _put(manager, unit.chunk, slot, working, victims)
 
 
+def follow_user(manager: Manager, unit: Unit, slot: Slot, weights: torch.Tensor, victims: Victims) -> None:
+    """Makes MASTER agree with ``weights`` that were written in place: remainder 0, or the value where it differs."""
+    master, weights = unit.chunks[Kind.MASTER], weights.contiguous().view(-1)
+    if master.itemsize == 2:
+        _put(manager, master, slot, torch.zeros(slot.numel, dtype=torch.int16), victims)
+        return
+    begin, end = slot.offset * 4, (slot.offset + slot.numel) * 4
+    held = read_bytes(manager, master, begin, end, victims).view(torch.float32)
+    changed = held.to(unit.dtype) != weights
+    _put(manager, master, slot, torch.where(changed, weights.float(), held), victims)
+
+
 def _put(manager: Manager, chunk: Chunk, slot: Slot, values: torch.Tensor, victims: Victims) -> None:
     write_bytes(manager, chunk, slot.offset * chunk.itemsize, values.contiguous().view(torch.uint8), victims)
 

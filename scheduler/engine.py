@@ -15,7 +15,7 @@ from torch import nn
 
 from tierflow import aio
 from tierflow.scheduler.binding import Binder, raw
-from tierflow.scheduler.contents import read_parameter, store_parameter, write_back
+from tierflow.scheduler.contents import follow_user, read_parameter, store_parameter, write_back
 from tierflow.scheduler.gradients import GradSlot
 from tierflow.scheduler.guard import EvictedParameterError, describe
 from tierflow.scheduler.hooks import ModelHooks, in_backward
@@ -62,6 +62,8 @@ class Engine:
         self._prefetching = prefetch
         self._warned = False
         self._pins: dict[int, int] = {}
+        self._where = {id(p): (u, s) for u in units for s, p in zip(u.slots, u.params, strict=True)}
+        self._versions: dict[int, int] = {}
         self._generation = dict.fromkeys(range(len(units)), 0)
         on_device = self.device.type == "cpu" or plan.placement.optimizer is Tier.DEVICE
         self.pipeline = UpdatePipeline(manager, plan.piece_elements, plan.pieces_in_flight, on_device)
@@ -84,6 +86,7 @@ class Engine:
                 self.binder.shut(unit)
             if unit.trainable:
                 self._make_gradients(unit)
+        self._note_versions()
         if self.plan.placement.param is not Tier.DEVICE:
             self.hooks = ModelHooks(self, self.model, self.units)
 
@@ -181,7 +184,7 @@ class Engine:
         """
         self.usable()
         if self.hooks is not None and self.hooks.inside():
-            for unit in {id(p): self._unit_of(p) for p in params}.values():
+            for unit in dict.fromkeys(self._where[id(p)][0] for p in params):
                 self.hooks.hold(unit)
             return None
         if caller == "_save_to_state_dict":
@@ -192,26 +195,19 @@ class Engine:
 
     def _read(self, param: Any) -> torch.Tensor:
         """A copy for ``state_dict``. Raises MemoryError where the host has no room for it."""
-        unit = self._unit_of(param)
+        unit, slot = self._where[id(param)]
         if psutil.virtual_memory().available < unit.chunk.nbytes + STATE_DICT_MARGIN:
             raise MemoryError(
                 f"state_dict() has no room on the host for {param._tierflow_name!r}: use "
                 "tierflow.save_weights(model, folder), which streams"
             )
-        return read_parameter(self.manager, unit, self._slot_of(unit, param), self.victims()).to(self.device)
+        return read_parameter(self.manager, unit, slot, self.victims()).to(self.device)
 
     def _write(self, param: Any, values: torch.Tensor) -> Any:
-        unit = self._unit_of(param)
-        store_parameter(self.manager, unit, self._slot_of(unit, param), values.cpu(), self.victims())
+        unit, slot = self._where[id(param)]
+        store_parameter(self.manager, unit, slot, values.cpu(), self.victims())
         self.home_was_written(unit)
         return param
-
-    @staticmethod
-    def _slot_of(unit: Unit, param: Any) -> Slot:
-        return next(s for s, p in zip(unit.slots, unit.params, strict=True) if p is param)
-
-    def _unit_of(self, param: Any) -> Unit:
-        return next(u for u in self.units if any(p is param for p in u.params))
 
     def generation(self, unit: Unit) -> int:
         """How often the unit's weights were updated: a saved weight of an older one is out of date."""
@@ -248,6 +244,7 @@ class Engine:
             self.hooks.reset()
         self.manager.settle()
         ready = {id(s.param): s for s in slots}
+        self._follow_users()
         jobs = []
         for unit in self.units:
             entries = [(ready[id(p)], rules[id(p)]) if id(p) in ready else None for p in unit.params]
@@ -262,10 +259,26 @@ class Engine:
             self._generation[job.unit.index] += 1
             with raw():
                 torch.autograd.graph.increment_version(job.unit.params)
+        self._note_versions()
         if self.recorder.step_ended() and self.recorder.departures and not self._warned:
             self._warned = True
             log.warning("the order in which modules run has changed between steps; prefetch follows the new order")
         self.report.update_seconds += time.perf_counter() - began
+
+    def _split_on_device(self) -> Iterator[tuple[Unit, Slot, torch.Tensor]]:
+        """Weights that a user can write at any time while their master is kept elsewhere."""
+        for unit in self.units:
+            if Kind.MASTER in unit.chunks and self.manager.home(unit.chunk) is Tier.DEVICE:
+                yield from ((unit, s, p) for s, p in zip(unit.slots, unit.params, strict=True))
+
+    def _note_versions(self) -> None:
+        self._versions = {id(p): p._version for _, _, p in self._split_on_device()}
+
+    def _follow_users(self) -> None:
+        """A weight that was written in place since the last step (load_state_dict, say) is the new master."""
+        for unit, slot, p in self._split_on_device():
+            if p._version != self._versions[id(p)]:
+                follow_user(self.manager, unit, slot, p.detach().cpu(), self.victims())
 
     def expected_traffic(self) -> tuple[int, int]:
         """(read, written) NVMe bytes of a steady step in the order of use learned so far."""

@@ -191,6 +191,8 @@ def _is_off(key: Key, value: Any) -> bool:
 
 def _unknown(path: str, name: Any) -> str:
     inner = f"{path}.{name}" if path else str(name)
+    if inner in KEYS:
+        return f"{inner} is written as one key with a dot in it: write it as a block inside a block"
     near = nearest(path, str(name))
     if near:
         return f"unknown key {inner}: did you mean {' or '.join(near)}?"

@@ -28,7 +28,7 @@ from tierflow.settings import (
     pick_tiers,
     require_nvme_path,
 )
-from tierflow.swap import DebugMemory, Tier
+from tierflow.swap import IO_BYTES, DebugMemory, Tier
 
 log = logging.getLogger("tierflow")
 
@@ -152,7 +152,7 @@ def make_run(
         placement = Placement(choice[0], choice[1], pick_format(cfg, dtypes), _grad_dtype(cfg))
         make_chunks(units, {u.index: kinds_of(u, placement) for u in units}, ShardGeometry())
         try:
-            plan = _plan(model, units, placement, caps, device)
+            plan = _plan(model, units, placement, caps, device, cfg.tierflow.piece_elements)
         except DoesNotFit as refused:
             error = refused
             continue
@@ -160,8 +160,6 @@ def make_run(
             device, placement, caps, path, cfg.aio_options(), cfg.gradient_clipping or 0.0,
             cfg.tierflow.prefetch, cfg.tierflow.piece_elements,
         )  # fmt: skip
-        if settings.piece_elements:
-            plan = replace(plan, piece_elements=settings.piece_elements)
         return units, plan, settings
     if error is None:
         require_nvme_path(path)
@@ -200,11 +198,15 @@ def _grad_dtype(cfg: Config) -> torch.dtype | None:
     return torch.float32 if (cfg.gradient_accumulation_steps or 1) > 1 else None
 
 
-def _plan(model: nn.Module, units: list[Unit], placement: Placement, caps: Any, device: torch.device) -> MemoryPlan:
-    together = _together(model, units)
-    plan = make_plan(units, placement, caps, together, (0, 0))
-    traffic = estimate(units, placement, Pools.of(plan, device.type == "cpu"), default_order(model, units))
-    return make_plan(units, placement, caps, together, traffic)
+def _plan(
+    model: nn.Module, units: list[Unit], placement: Placement, caps: Any, device: torch.device, piece: int | None
+) -> MemoryPlan:
+    plan = make_plan(units, placement, caps, _together(model, units), (0, 0))
+    if piece is not None:  # whole I/O blocks of every kind, and room for two pieces at once
+        most = plan.piece_elements * plan.pieces_in_flight // 2 // IO_BYTES * IO_BYTES
+        plan = replace(plan, piece_elements=min(-(-piece // IO_BYTES) * IO_BYTES, most))
+    read, written = estimate(units, placement, Pools.of(plan, device.type == "cpu"), default_order(model, units))
+    return replace(plan, nvme_read=read, nvme_written=written)
 
 
 def _together(model: nn.Module, units: list[Unit]) -> list[list[Unit]]:

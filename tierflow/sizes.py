@@ -48,6 +48,7 @@ def _at_least_one(size: int) -> int:
 def format_size(size: int) -> str:
     """For people, in decimal units: 2.15 GB."""
     for factor, unit in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if abs(size) >= factor:
-            return f"{size / factor:.3g} {unit}" if abs(size) < 1000 * factor else f"{size / factor:.0f} {unit}"
+        if abs(size) >= 0.9995 * factor:  # three digits round up to one of the next unit from there
+            digits = f"{size / factor:.3g}"
+            return f"{size / factor:.0f} {unit}" if "e" in digits else f"{digits} {unit}"
     return f"{size} B"

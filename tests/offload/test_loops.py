@@ -469,3 +469,24 @@ def test_functional_use_of_a_foreign_weight_is_fetched_on_demand(tmp_path) -> No
             o.zero_grad()
     check(plain, model)
     b.close()
+
+
+@pytest.mark.parametrize("state", ["lossless", "fp32"])
+def test_weights_written_in_place_become_the_master(tmp_path, state) -> None:
+    model = tiny.llama(layers=1, hidden=32, dtype=torch.bfloat16)
+    fresh = {k: torch.full_like(v, 0.25) for k, v in model.state_dict().items()}
+    results = []
+    for placement in ("host", "everything"):
+        m = copy.deepcopy(model)
+        _, o = tierflow.offload(m, tiny.config(placement, tmp_path, optimizer_state=state))
+        loss_of(m).backward()
+        o.step()
+        o.zero_grad()
+        m.load_state_dict(fresh)
+        loss_of(m).backward()
+        o.step()
+        results.append(tiny.weights(m))
+        assert not any(torch.equal(w, fresh[n]) for n, w in results[-1].items() if "proj" in n)
+        assert all((w.float() - 0.25).abs().max() < 0.05 for w in results[-1].values())
+        o.close()
+    assert tiny.same(*results)

@@ -1,0 +1,144 @@
+"""``tierflow finetune`` as a user types it, on a small model made here."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+TEXT = "the quick brown fox jumps over the lazy dog and runs home again before the rain comes down . " * 60
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model, a tokenizer with a chat template, and data."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    root = tmp_path_factory.mktemp("job")
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    special = ["<unk>", "<eos>", "<|user|>", "<|assistant|>"]
+    tokenizer.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=150, special_tokens=special))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>")
+    fast.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>"
+        "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<eos>{% endgeneration %}"
+        "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    model = tiny.llama(layers=3, hidden=32)
+    model.save_pretrained(root / "model")
+    fast.save_pretrained(root / "model")
+    (root / "train.txt").write_text(TEXT)
+    (root / "held.txt").write_text(TEXT[500:1500])
+    turns = [{"role": "user", "content": "where is the dog ?"}, {"role": "assistant", "content": "the dog runs home ."}]
+    (root / "chat.jsonl").write_text("\n".join(json.dumps({"messages": turns}) for _ in range(40)))
+    return root
+
+
+def run(folder: Path, out: Path, *arguments: str, data: str = "train.txt") -> subprocess.CompletedProcess:
+    command = [
+        sys.executable, "-m", "tierflow", "finetune", "--model", str(folder / "model"), "--data", str(folder / data),
+        "--output", str(out), "--sequence-length", "16", *arguments,
+    ]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, cwd=out.parent, timeout=300)
+
+
+def config(path: Path, **top) -> str:
+    raw = {
+        "optimizer": {"type": "AdamW", "params": {"lr": 5e-3}},
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"offload_param": {"device": "nvme"}, "offload_optimizer": {"device": "nvme"}},
+        "tierflow": {"device_memory": "2MB", "host_memory": "8MB"},
+    } | top
+    path.write_text(json.dumps(raw))
+    return str(path)
+
+
+def test_everything_on_nvme_from_the_command_line(folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out = tmp_path / "out"
+    done = run(
+        folder, out, "--config", config(tmp_path / "c.json"), "--steps", "12", "--micro-batch", "2",
+        "--eval-data", str(folder / "held.txt"), "--eval-tokens", "64",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    for piece in ("resolved config", "exp_avg_sq", "600 TBW", "step   12/12", "tok/s", "sample after", "perplexity"):
+        assert piece in done.stdout, piece
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert len(metrics["steps"]) == 12
+    before, after = (e[1][0][2] for e in metrics["evaluations"])
+    assert after < before
+    assert all(s["nvme_written"] == metrics["nvme_per_step"]["written"] for s in metrics["steps"])
+    assert (out / "run.png").read_bytes().startswith(b"\x89PNG")
+    model = AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    ids = tokenizer(TEXT[:100], return_tensors="pt").input_ids
+    assert math.isfinite(model(input_ids=ids, labels=ids).loss.item())
+    assert not any((out / "swap").iterdir())
+
+
+def test_resume_goes_on_bit_for_bit(folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    c = config(tmp_path / "c.json", gradient_accumulation_steps=2)
+    common = ("--config", c, "--schedule", "linear", "--warmup", "2")
+    assert run(folder, whole, *common, "--steps", "6").returncode == 0
+    first = run(folder, parts, *common, "--steps", "6", "--save-every", "4")
+    assert first.returncode == 0
+    (parts / "model.safetensors").unlink()
+    again = run(folder, parts, *common, "--steps", "6", "--resume")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "resumed from" in again.stdout and "at step 5" in again.stdout
+    a, b = (load_file(p / "model.safetensors") for p in (whole, parts))
+    assert tiny.same(a, b)
+    records = [json.loads((p / "metrics.json").read_text())["steps"] for p in (whole, parts)]
+    assert [s["loss"] for s in records[0]] == [s["loss"] for s in records[1]]
+
+
+def test_chat_data_without_any_config(folder: Path, tmp_path: Path) -> None:
+    done = run(folder, tmp_path / "out", "--steps", "3", "--lr", "1e-3", data="chat.jsonl")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert '"device": "none"' in done.stdout  # all of it fits the memory of any machine
+
+
+def test_nan_loss_is_reported_and_the_weights_are_kept(folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    done = run(folder, tmp_path / "out", "--config", config(tmp_path / "c.json"), "--steps", "30", "--lr", "1e30")
+    assert done.returncode == 1
+    assert "changed no weight" in done.stdout and "step" in done.stdout
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert load_file(tmp_path / "out" / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "data", "wanted"),
+    [
+        (("--config", "missing.json"), "train.txt", "missing.json"),
+        (("--schedule", "cosin"), "train.txt", "cosine"),
+        ((), "absent.txt", "absent.txt"),
+        ((), "model/model.safetensors", "model.safetensors"),
+        (("--resume",), "train.txt", "tierflow.json"),
+    ],
+)
+def test_bad_input_is_one_clear_error(folder: Path, tmp_path: Path, arguments, data: str, wanted: str) -> None:
+    done = run(folder, tmp_path / "out", "--steps", "3", *arguments, data=data)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "error:" in done.stdout and wanted in done.stdout and "Traceback" not in done.stderr + done.stdout
+
+
+def test_env_says_what_there_is() -> None:
+    done = subprocess.run([sys.executable, "-m", "tierflow", "env"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    for part in ("torch", "io_uring", "update kernels", "host memory"):
+        assert part in done.stdout
+    assert torch.__version__.split("+")[0] in done.stdout

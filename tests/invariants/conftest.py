@@ -1,0 +1,46 @@
+"""What these tests share: child processes and a small file system."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def child_environment(**extra: str) -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, **extra}
+
+
+@pytest.fixture
+def python() -> Callable[..., str]:
+    """``python(source, *args, **environment)`` runs a program that can import tierflow; returns what it printed."""
+
+    def run(source: str, *args: object, **environment: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", source, *map(str, args)],
+            env=child_environment(**environment), capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture
+def small_tmpfs(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MiB."""
+    directory = tmp_path / "small"
+    directory.mkdir()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(b"none", os.fsencode(directory), b"tmpfs", 0, b"size=2m") != 0:
+        pytest.skip(f"no tmpfs can be mounted: {os.strerror(ctypes.get_errno())}")
+    yield directory
+    libc.umount2(os.fsencode(directory), 2)
