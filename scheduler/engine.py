@@ -16,7 +16,7 @@ from torch import nn
 from tierflow import aio
 from tierflow.scheduler.binding import Binder, raw
 from tierflow.scheduler.contents import follow_user, read_parameter, store_parameter, write_back
-from tierflow.scheduler.gradients import GradSlot
+from tierflow.scheduler.gradients import GradSlot, weakly
 from tierflow.scheduler.guard import EvictedParameterError, describe
 from tierflow.scheduler.hooks import ModelHooks, in_backward
 from tierflow.scheduler.placement import MemoryPlan
@@ -102,7 +102,7 @@ class Engine:
             self.slots[id(p)] = grad
             self.step_counts[id(p)] = 0
             with raw():
-                self._handles.append(p.register_post_accumulate_grad_hook(grad.on_accumulated))
+                self._handles.append(p.register_post_accumulate_grad_hook(weakly(grad)))
 
     # ---- use of units
 

@@ -8,6 +8,8 @@ act on the managed memory.
 from __future__ import annotations
 
 import math
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -139,6 +141,18 @@ class GradSlot:
                 raise RuntimeError(f"parameter {self.name!r} has a sparse gradient, which tierflow does not support")
             self.take(grad)
             self.param.grad = self.handle
+
+
+def weakly(slot: GradSlot) -> Callable[[torch.Tensor], None]:
+    """The slot's post-accumulate hook without a reference to it: Python's collector cannot see into autograd's."""
+    found = weakref.ref(slot)
+
+    def hook(param: torch.Tensor) -> None:
+        alive = found()
+        if alive is not None:
+            alive.on_accumulated(param)
+
+    return hook
 
 
 class ManagedGrad(torch.Tensor):

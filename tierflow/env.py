@@ -165,7 +165,7 @@ def _cgroup() -> Check:
     if group is None:
         return Check("control group", "ok", "sets no memory limit")
     detail = f"{group.path} allows {format_size(group.limit)}, {format_size(group.free)} of it free"
-    if group.free >= machine.mem_available():
+    if group.free >= machine.meminfo()["MemAvailable"]:
         return Check("control group", "ok", detail)
     return Check("control group", "limited", detail, "raise the container's memory limit to use more of this machine")
 

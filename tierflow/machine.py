@@ -41,19 +41,20 @@ class Cpu:
 
 def mem_available(proc: Path = PROC) -> int:
     """Bytes that can be allocated now: the kernel's MemAvailable, or what the control group leaves if that is less."""
-    free = _meminfo(proc)["MemAvailable"]
+    free = meminfo(proc)["MemAvailable"]
     group = cgroup(proc)
     return free if group is None else min(free, group.free)
 
 
 def mem_total(proc: Path = PROC) -> int:
     """Bytes of memory, or the control group's limit if that is less."""
-    total = _meminfo(proc)["MemTotal"]
+    total = meminfo(proc)["MemTotal"]
     group = cgroup(proc)
     return total if group is None else min(total, group.limit)
 
 
-def _meminfo(proc: Path) -> dict[str, int]:
+def meminfo(proc: Path = PROC) -> dict[str, int]:
+    """The kernel's figures for the whole machine, in bytes (plain numbers as they are)."""
     found: dict[str, int] = {}
     for line in _read(proc / "meminfo").splitlines():
         name, _, rest = line.partition(":")

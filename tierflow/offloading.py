@@ -16,7 +16,7 @@ from tierflow.config import Config, ConfigError, load_config
 from tierflow.fill import Source, fill, from_model
 from tierflow.optimizer import OffloadOptimizer, groups_of
 from tierflow.scheduler.engine import Engine, build_manager
-from tierflow.scheduler.placement import DoesNotFit, MemoryPlan, Placement, kinds_of, make_plan
+from tierflow.scheduler.placement import DoesNotFit, MemoryPlan, Placement, kinds_of, make_plan, table_text
 from tierflow.scheduler.traffic import Pools, default_order, estimate
 from tierflow.scheduler.units import ShardGeometry, Unit, make_chunks, module_units, partition
 from tierflow.settings import (
@@ -66,6 +66,8 @@ def offload(
     _cast(model, cfg)
     trained = {id(p) for g in groups for p in g["params"] if p.requires_grad}
     units, plan, settings = make_run(model, cfg, device, trained, nvme_path)
+    if cfg.tierflow.report:
+        log.info(table_text(plan))
     engine = _build(model, units, plan, settings, source or from_model, debug_memory)
     if any(g["params"] for g in groups):
         groups = [g | {"params": [p for p in g["params"] if p.requires_grad]} for g in groups]

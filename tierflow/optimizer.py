@@ -66,6 +66,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient. ``closure`` is called first, with grad enabled."""
+        self.engine.usable()
         loss = None
         if closure is not None:
             with torch.enable_grad():

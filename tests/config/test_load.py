@@ -109,7 +109,7 @@ def test_the_resolved_block_is_json_and_is_taken_again() -> None:
 def test_the_configuration_is_frozen() -> None:
     cfg = load_config({})
     with pytest.raises(ValueError):
-        cfg.gradient_clipping = 1.0  # type: ignore[misc]
+        cfg.gradient_clipping = 1.0
 
 
 def test_overrides_are_laid_over_block_by_block() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch import nn
 import tierflow
 from tierflow.scheduler.contents import read_bytes
 from tierflow.swap import DebugMemory, Kind
+
+ROOT = Path(__file__).parents[2]
 
 
 class Stack(nn.Module):
@@ -90,3 +93,9 @@ def run_llama(
         return Outcome(losses, norms, states_of(optimizer.engine), read)
     finally:
         optimizer.close()
+
+
+def child_environment(**extra: str) -> dict[str, str]:
+    """The environment of a program that is to import tierflow and what the tests share."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, **extra}

@@ -47,7 +47,8 @@ def finetune(options: Options, console: Console) -> None:
     torch.manual_seed(options.seed)
     run = prepare(options, console)
     try:
-        show(run, console)
+        if run.config.tierflow.report:
+            show(run, console)
         _train(run, console)
     finally:
         run.trainer.optimizer.close()

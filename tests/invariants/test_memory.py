@@ -1,0 +1,417 @@
+"""Memory and disk: equal to the plan to the byte while training, given back at the end, however it comes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from outcome import Stack, child_environment, states_of
+from torch import nn
+
+import tierflow
+from tierflow.swap import CopyState, DebugMemory, Kind, Tier
+
+MEMORY_TIERS = (Tier.DEVICE, Tier.HOST)
+
+
+def config(path: Path, param: str = "nvme", optim: str = "nvme", **block: object) -> dict:
+    caps = {"device_memory": 1 << 20, "host_memory": 4 << 20, "nvme_capacity": 64 << 20}
+    return {
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.1}},
+        "zero_optimization": {
+            "offload_param": {"device": param, "nvme_path": str(path)},
+            "offload_optimizer": {"device": optim, "nvme_path": str(path)},
+        },
+        "tierflow": caps | block,
+    }
+
+
+def step(model: Stack, optimizer, seed: int = 0) -> float:
+    loss = model(model.input(seed))
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+def pins(engine) -> int:
+    return sum(
+        engine.manager.ledger.pins(chunk, tier) for u in engine.units for chunk in u.chunks.values() for tier in Tier
+    )
+
+
+class Watch:
+    """Compares ledger, pools and plan at every moment that memory changes hands."""
+
+    def __init__(self, engine):
+        self.engine, self.moments = engine, 0
+        self.most = dict.fromkeys(MEMORY_TIERS, 0)
+        engine.manager.observer = self.look
+        self.look()
+
+    def look(self) -> None:
+        manager, plan = self.engine.manager, self.engine.plan
+        self.moments += 1
+        for tier in MEMORY_TIERS:
+            pools = manager.pools[tier]
+            leased = pools.resident.leased + pools.working.leased
+            assert manager.ledger.held(tier) == leased <= plan.total(tier)
+            assert pools.working.leased <= plan.working[tier]
+            self.most[tier] = max(self.most[tier], leased)
+
+
+@pytest.mark.parametrize("placement", list(tiny.PLACEMENTS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "lossless"])
+def test_arena_pools_and_ledger_equal_the_plan(tmp_path: Path, placement: str, dtype: torch.dtype) -> None:
+    model = tiny.llama(layers=4, hidden=32, dtype=dtype)
+    caps = {} if placement in ("device", "host", "nvme") else tiny.tight(model)
+    debug = DebugMemory(random.Random(1))
+    _, optimizer = tierflow.offload(model, tiny.config(placement, tmp_path, **caps), debug_memory=debug)
+    engine = optimizer.engine
+    manager, plan = engine.manager, engine.plan
+    for tier in MEMORY_TIERS:
+        pools = manager.pools[tier]
+        assert plan.total(tier) == pools.resident.arena.nbytes == pools.resident.nbytes + pools.working.nbytes
+        assert pools.working.arena is pools.resident.arena
+        assert manager.ledger.budgets[tier] == plan.total(tier) <= plan.caps.of(tier)
+        # the kinds that live here, and nothing else, are resident: chunk by chunk, to the byte
+        homes = [c for u in engine.units for c in u.chunks.values() if manager.home(c) is tier]
+        assert pools.resident.leased == pools.resident.nbytes == sum(c.nbytes for c in homes)
+    stored = [c for u in engine.units for c in u.chunks.values() if manager.home(c) is Tier.NVME]
+    assert plan.total(Tier.NVME) == sum(c.nbytes for c in stored) == manager.ledger.held(Tier.NVME)
+    if stored:
+        assert manager.store.capacity == plan.total(Tier.NVME)
+    watch = Watch(engine)
+    tiny.train(model, optimizer, 3)
+    with torch.no_grad():
+        model(input_ids=torch.zeros(1, 4, dtype=torch.long))
+    watch.look()
+    if plan.placement.param is not Tier.DEVICE:
+        assert watch.moments > 50
+        assert watch.most[Tier.DEVICE] > plan.resident_bytes(Tier.DEVICE)
+    optimizer.close()
+    for tier in Tier:
+        assert manager.ledger.held(tier) == 0
+
+
+def test_kinds_have_the_bytes_that_the_format_says(tmp_path: Path) -> None:
+    per_element = {torch.float32: {Kind.PARAM: 4, Kind.GRAD: 4, Kind.EXP_AVG: 4, Kind.EXP_AVG_SQ: 4}}
+    per_element[torch.bfloat16] = per_element[torch.float32] | {Kind.PARAM: 2, Kind.GRAD: 2, Kind.MASTER: 2}
+    for dtype, kinds in per_element.items():
+        model = Stack(layers=6, width=64, dtype=dtype)  # 64 * 64 + 64 elements pad to 6144 a layer
+        _, optimizer = tierflow.offload(model, config(tmp_path))
+        plan = optimizer.engine.plan
+        assert plan.resident == {
+            (plan.placement.home(kind), kind): 6 * 6144 * nbytes for kind, nbytes in kinds.items()
+        }
+        optimizer.close()
+
+
+def test_a_budget_is_never_exceeded(tmp_path: Path) -> None:
+    model = Stack(layers=8, width=64)
+    _, optimizer = tierflow.offload(model, config(tmp_path, device_memory=24576 * 3, host_memory=24576 * 12))
+    engine = optimizer.engine
+    assert engine.plan.working[Tier.DEVICE] == 24576 * 3
+    watch = Watch(engine)
+    for i in range(3):
+        step(model, optimizer, i)
+    assert watch.most[Tier.DEVICE] == engine.plan.total(Tier.DEVICE)  # the cap is used to the full, and no further
+    with pytest.raises(tierflow.CapacityError), tierflow.gathered(model):
+        pass
+    watch.look()
+    assert pins(engine) == 0
+    optimizer.close()
+
+
+# ---- an exception in mid-step
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("where", ["forward", "backward", "no_grad"])
+def test_an_exception_in_mid_step_leaves_no_pin_and_training_goes_on(tmp_path: Path, where: str) -> None:
+    models = [Stack(layers=6, width=64) for _ in range(2)]
+    caps = {"device_memory": 24576 * 3, "host_memory": 24576 * 11}
+    optimizers = [tierflow.offload(m, config(tmp_path, **caps))[1] for m in models]
+
+    def stop(*_: object) -> None:
+        raise Stop
+
+    for i in range(4):
+        losses = []
+        for m, o in zip(models, optimizers, strict=True):
+            if m is models[1] and i in (1, 2):
+                layer = m.layers[3]
+                hooked = layer.register_full_backward_hook if where == "backward" else layer.register_forward_hook
+                handle = hooked(stop)
+                with pytest.raises(Stop), torch.set_grad_enabled(where != "no_grad"):
+                    m(m.input(i)).backward()
+                handle.remove()
+                o.zero_grad()
+            losses.append(step(m, o, i))
+            assert pins(o.engine) == 0
+            o.engine.manager.ledger.check()
+        assert losses[0] == losses[1]
+    assert tiny.same(*(states_of(o.engine) for o in optimizers))
+    for o in optimizers:
+        o.close()
+
+
+# ---- the end
+
+
+RSS_PROGRAM = """
+import ctypes, os, sys, gc
+import torch
+from outcome import Stack
+import tierflow
+def rss():
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGESIZE") >> 20
+def blocks(path):
+    found = os.statvfs(path)
+    return (found.f_blocks - found.f_bfree) * found.f_frsize >> 20
+def descriptors():
+    return len(os.listdir("/proc/self/fd"))
+def threads():
+    return len(os.listdir("/proc/self/task"))
+def train(width, layers, path):
+    model = Stack(layers=layers, width=width)
+    place = {"device": "nvme", "nvme_path": path}
+    config = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+              "zero_optimization": {"offload_param": place, "offload_optimizer": place},
+              "tierflow": {"device_memory": "100MB", "host_memory": "200MB", "nvme_capacity": "400MB"}}
+    _, optimizer = tierflow.offload(model, config)
+    for i in range(2):
+        model(model.input(i)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+path = sys.argv[1]
+_, optimizer = train(1024, 2, path)  # libraries, thread pools
+optimizer.close()
+base, disk, files, tasks = rss(), blocks(path), descriptors(), threads()
+model, optimizer = train(1024, 20, path)
+high, used = rss(), blocks(path)
+assert high - base > 150, (base, high)
+assert used - disk > 200, (disk, used)
+if sys.argv[2] == "close":
+    optimizer.close()
+else:
+    del model, optimizer
+print(rss() - base, blocks(path) - disk, descriptors() - files, threads() - tasks)
+"""
+
+
+@pytest.fixture
+def own_disk(tmp_path: Path):
+    """A file system whose usage no other process changes."""
+    import ctypes
+
+    directory = tmp_path / "own"
+    directory.mkdir()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(b"none", os.fsencode(directory), b"tmpfs", 0, b"size=512m") != 0:
+        pytest.skip(f"no tmpfs can be mounted: {os.strerror(ctypes.get_errno())}")
+    yield directory
+    libc.umount2(os.fsencode(directory), 2)
+
+
+@pytest.mark.parametrize("how", ["close", "forget"])
+def test_memory_disk_files_and_threads_are_given_back(own_disk: Path, python, how: str) -> None:
+    memory, disk, files, threads = map(int, python(RSS_PROGRAM, own_disk, how).split())
+    assert memory < 40
+    assert disk < 2
+    assert files <= 0
+    assert threads <= 0
+
+
+TRAIN_PROGRAM = """
+import sys, time
+from outcome import Stack, states_of, Outcome
+import tierflow
+model = Stack(layers=12, width=128)
+place = {"device": "nvme", "nvme_path": sys.argv[1]}
+config = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
+          "zero_optimization": {"offload_param": place, "offload_optimizer": place},
+          "tierflow": {"device_memory": "300kB", "host_memory": "2MB", "nvme_capacity": "16MB"}}
+_, optimizer = tierflow.offload(model, config)
+print("ready", flush=True)
+if sys.argv[3] == "wait":
+    sys.stdin.readline()
+losses = []
+for i in range(int(sys.argv[2])):
+    loss = model(model.input(i))
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    losses.append(loss.item())
+    if i == 1:
+        print("training", flush=True)
+print(Outcome(losses, [], states_of(optimizer.engine)).digest(), flush=True)
+"""
+
+
+def child(path: Path, steps: int, wait: bool = False) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", TRAIN_PROGRAM, str(path), str(steps), "wait" if wait else "go"],
+        env=child_environment(OMP_NUM_THREADS="1"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def await_line(process: subprocess.Popen[str], word: str) -> None:
+    assert process.stdout is not None
+    ready, _, _ = select.select([process.stdout], [], [], 100)
+    assert ready and process.stdout.readline().strip() == word
+
+
+def used(path: Path) -> int:
+    found = os.statvfs(path)
+    return (found.f_blocks - found.f_bfree) * found.f_frsize
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_process_that_is_killed_in_mid_training_leaves_nothing_on_disk(own_disk: Path, sign: int) -> None:
+    before = used(own_disk)
+    process = child(own_disk, 1_000_000)
+    try:
+        await_line(process, "ready")
+        await_line(process, "training")
+        assert used(own_disk) - before >= 12 * 16384 * 12  # 12 layers of 128 x 128, 12 bytes each
+        assert os.listdir(own_disk) == []
+        process.send_signal(sign)
+        process.wait(timeout=60)
+        assert process.returncode != 0
+    finally:
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            pipe.close()
+    deadline = time.monotonic() + 30
+    while used(own_disk) != before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert used(own_disk) == before
+    assert os.listdir(own_disk) == []
+
+
+def test_two_runs_on_one_path_do_not_touch_each_other(tmp_path: Path) -> None:
+    alone = child(tmp_path, 20)
+    expected = alone.communicate(timeout=100)[0].split()[-1]
+    pair = [child(tmp_path, 20, wait=True) for _ in range(2)]
+    try:
+        for process in pair:
+            await_line(process, "ready")
+        for process in pair:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        digests = [process.communicate(timeout=100)[0].split()[-1] for process in pair]
+    finally:
+        for process in pair:
+            process.kill()
+            process.wait()
+    assert digests == [expected, expected]
+    assert len(expected) == 64
+
+
+# ---- fork
+
+
+class Rows(torch.utils.data.Dataset):
+    """Also says in which process a row was made, and tries what a worker's exit would do."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        x = torch.randn(64, generator=torch.Generator().manual_seed(i))
+        return x, os.getpid()
+
+
+def test_data_loader_workers_neither_copy_the_arena_nor_free_it(tmp_path: Path) -> None:
+    outcomes = []
+    for workers in (0, 2):
+        model = Stack(layers=6, width=64)
+        _, optimizer = tierflow.offload(model, config(tmp_path, device_memory=24576 * 3, host_memory=24576 * 11))
+        pids = set()
+        for _ in range(2):
+            loader = torch.utils.data.DataLoader(
+                Rows(), batch_size=4, num_workers=workers, multiprocessing_context="fork" if workers else None
+            )
+            for x, made_by in loader:
+                loss = model(x)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                pids.update(made_by.tolist())
+        assert (os.getpid() in pids) == (workers == 0)
+        outcomes.append(states_of(optimizer.engine))
+        optimizer.close()
+    assert tiny.same(*outcomes)
+
+
+def test_a_fork_that_closes_everything_harms_nobody(tmp_path: Path) -> None:
+    model, twin = Stack(layers=6, width=64), Stack(layers=6, width=64)
+    caps = {"device_memory": 24576 * 3, "host_memory": 24576 * 11}
+    _, optimizer = tierflow.offload(model, config(tmp_path, **caps))
+    _, other = tierflow.offload(twin, config(tmp_path, **caps))
+    step(model, optimizer)
+    step(twin, other)
+    arena = optimizer.engine.manager.pools[Tier.HOST].resident.arena
+    low, high = arena.address, arena.address + arena.nbytes
+    report, out = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with contextlib.suppress(BaseException):
+            spans = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines()]
+            copied = any(int(a, 16) < high and int(b, 16) > low for a, b in spans)
+            os.write(out, b"copied" if copied else b"absent")
+        with contextlib.suppress(BaseException):
+            arena.close()
+        with contextlib.suppress(BaseException):
+            optimizer.engine.manager.store.close()
+        os._exit(0)
+    os.waitpid(pid, 0)
+    os.close(out)
+    assert os.read(report, 16) == b"absent"
+    os.close(report)
+    for i in range(1, 3):
+        assert step(model, optimizer, i) == step(twin, other, i)
+    assert tiny.same(states_of(optimizer.engine), states_of(other.engine))
+    optimizer.close()
+    other.close()
+
+
+def test_a_closed_engine_says_so_and_holds_nothing(tmp_path: Path) -> None:
+    model = Stack(layers=4, width=64)
+    _, optimizer = tierflow.offload(model, config(tmp_path))
+    step(model, optimizer)
+    engine = optimizer.engine
+    open_files = [os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd") if _link(n)]
+    assert any(str(tmp_path) in f for f in open_files)
+    optimizer.close()
+    open_files = [os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd") if _link(n)]
+    assert not any(str(tmp_path) in f for f in open_files)
+    for unit in engine.units:
+        assert all(engine.manager.ledger.state(unit.chunk, t) is CopyState.ABSENT for t in Tier)
+    for act in (lambda: model(model.input()), optimizer.step, lambda: next(model.parameters()).sum()):
+        with pytest.raises(RuntimeError, match="closed"):
+            act()
+    fresh = nn.Linear(2, 2)  # the machinery around parameters is as it was
+    fresh(torch.zeros(1, 2)).sum().backward()
+
+
+def _link(name: str) -> bool:
+    return os.path.islink(f"/proc/self/fd/{name}")
