@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from tierflow.cpu_adam.kernels import GradStats, grad_stats, intake
 from tierflow.scheduler.binding import raw
-from tierflow.swap import HostLane, Ticket
-from tierflow.swap.lanes import DeviceLane
+from tierflow.swap import Ticket
+from tierflow.swap.lanes import DeviceLane, Take
 
 _aten = torch.ops.aten
 _SCALINGS = (_aten.mul_.Tensor, _aten.mul_.Scalar)
@@ -28,16 +28,23 @@ class GradSlot:
     """One parameter's gradient: memory of ``param.shape``, its statistics, and a scale not yet applied."""
 
     def __init__(self, name: str, param: torch.Tensor, memory: torch.Tensor, lane: DeviceLane):
-        self.name, self.param, self.memory = name, param, memory
+        self.name, self.memory = name, memory
+        self._param = weakref.ref(param)  # param -> its grad, the handle -> this: no collector sees that cycle
         self._lane = lane
         self._stats: GradStats | None = None
         self._transfer: Ticket | None = None
-        self._addend: torch.Tensor | None = None
         self.scale = 1.0
         self.norm_was_read = False
         self.user_scaled = False
         with raw():
             self.handle = ManagedGrad(self, memory, param.dtype, param.device)
+
+    @property
+    def param(self) -> torch.Tensor:
+        """The parameter; its model holds it."""
+        found = self._param()
+        assert found is not None, f"{self.name} is gone"
+        return found
 
     def take(self, grad: torch.Tensor) -> None:
         """The gradient is now ``grad`` (any device and dtype); its old content is overwritten."""
@@ -51,31 +58,37 @@ class GradSlot:
 
     def _intake(self, grad: torch.Tensor, accumulate: bool) -> None:
         self._finish_transfer()
+        self._stats = None
         if grad.device == self.memory.device and grad.device.type != "cpu":
             self.memory.add_(grad) if accumulate else self.memory.copy_(grad)
-            self._stats = None
         elif grad.device.type == "cpu":
             self._kernel(grad, accumulate)
         elif accumulate or grad.dtype != self.memory.dtype:
-            self._addend = torch.empty(grad.shape, dtype=grad.dtype, pin_memory=not isinstance(self._lane, HostLane))
-            self._transfer = self._lane.drain(self._addend, grad.contiguous())
-            self._accumulates, self._stats = accumulate, None
+            self._transfer = self._lane.drain_pieces(grad.contiguous(), self._taker(accumulate))
         else:  # the 16 bits that the device made cross once, behind the backward
-            self._transfer = self._lane.drain(self.memory, grad.contiguous())
-            self._stats = None
+            self._transfer = self._lane.drain(self.memory, grad.contiguous(), transient=True)
 
     def _kernel(self, grad: torch.Tensor, accumulate: bool) -> None:
         flat = grad.contiguous().view(-1)
-        self._stats = intake(self.memory.view(-1), flat, accumulate=accumulate)
+        if self.memory.device.type == "cpu":
+            self._stats = intake(self.memory.view(-1), flat, accumulate=accumulate)
+        else:  # the user assigned a gradient that is on the host
+            self._intake(grad.to(self.memory.device), accumulate)
+
+    def _taker(self, accumulate: bool) -> Take:
+        flat = self.memory.view(-1)
+
+        def take(at: int, piece: torch.Tensor) -> None:
+            stats = intake(flat[at : at + piece.numel()], piece, accumulate=accumulate)
+            # sums of pieces added up would have other bits than the whole's
+            self._stats = stats if piece.numel() == flat.numel() else None
+
+        return take
 
     def _finish_transfer(self) -> None:
-        if self._transfer is None:
-            return
-        self._transfer.wait()
-        self._transfer = None
-        if self._addend is not None:
-            addend, self._addend = self._addend, None
-            self._kernel(addend, self._accumulates)
+        if self._transfer is not None:
+            self._transfer.wait()
+            self._transfer = None
 
     def _reset_flags(self) -> None:
         self._finish_transfer()
@@ -217,10 +230,18 @@ class ManagedGrad(torch.Tensor):
         return f"ManagedGrad({self.materialize()!r})"
 
 
+#: Elements of a gradient on the device that are held in fp64 at a time.
+_STATS_ELEMENTS = 1 << 22
+
+
 def _stats_of(memory: torch.Tensor) -> GradStats:
     if memory.device.type == "cpu":
         return grad_stats(memory.view(-1))
-    return GradStats(memory.double().square().sum().item(), bool(torch.isfinite(memory).all()))
+    total = torch.zeros((), dtype=torch.float64, device=memory.device)
+    for piece in memory.view(-1).split(_STATS_ELEMENTS):
+        total += piece.double().square().sum()
+    found = total.item()
+    return GradStats(found, math.isfinite(found))  # squares of fp32 cannot overflow in fp64
 
 
 def _is_whole(value: Any) -> bool:

@@ -144,7 +144,9 @@ class ModelHooks:
         with raw():
             unit = self._engine.binder.unit_of(tensor)
             if unit is None:
-                return SavedTensor(tensor, tensor._version)
+                # detached, or a node that saves its own output would keep itself, and a forward without a
+                # backward its activations, for ever; the version counter is shared
+                return SavedTensor(tensor.detach(), tensor._version)
             return SavedWeight(
                 unit, int(tensor.storage_offset()), tensor.shape, tensor.stride(), tensor.dtype,
                 self._engine.generation(unit),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import Any
 
@@ -9,17 +10,24 @@ import torch
 
 from tierflow.scheduler.placement import MemoryPlan
 from tierflow.swap import Arena, CudaArena, CudaLane, DebugMemory, HostLane, Pool, Tier, TierPools
+from tierflow.swap.arena import REGISTER_BYTES
 from tierflow.swap.lanes import DeviceLane
 
 log = logging.getLogger("tierflow")
 
-#: cudaHostRegister takes this much at a time.
-REGISTER_BYTES = 1 << 30
+#: Host memory through which gradients pass that are added to what is there, or change their dtype on the way.
+STAGING_BYTES = 32 << 20
+
+_said: set[str] = set()
 
 
 def make_lane(device: torch.device) -> DeviceLane:
     """The lane between HOST and DEVICE."""
-    return HostLane() if device.type == "cpu" else CudaLane(device)
+    if device.type == "cpu":
+        return HostLane()
+    staging = Arena(STAGING_BYTES)
+    register(staging, device)
+    return CudaLane(device, staging)
 
 
 def make_pools(plan: MemoryPlan, device: torch.device, debug: DebugMemory | None) -> dict[Tier, TierPools]:
@@ -29,7 +37,7 @@ def make_pools(plan: MemoryPlan, device: torch.device, debug: DebugMemory | None
         on_gpu = tier is Tier.DEVICE and device.type != "cpu"
         arena: Any = CudaArena(plan.total(tier), device) if on_gpu else Arena(plan.total(tier))
         if tier is Tier.HOST and device.type != "cpu":
-            register(arena)
+            register(arena, device)
         stay = plan.resident_bytes(tier)
         pools[tier] = TierPools(
             Pool(f"{tier.value} (resident)", arena, 0, stay),
@@ -38,19 +46,46 @@ def make_pools(plan: MemoryPlan, device: torch.device, debug: DebugMemory | None
     return pools
 
 
-def register(arena: Arena) -> str | None:
-    """Pins the arena for DMA, in chunks; on refusal undoes it and says once that transfers are staged by the driver."""
-    cudart = torch.cuda.cudart()
+def register(arena: Arena, device: torch.device, cudart: Any = None) -> str | None:
+    """Pins the arena for DMA, a piece at a time; what was pinned is undone if the driver refuses one.
+
+    Unpinned memory works too: the driver then stages every copy, and the host waits for those to it. That is
+    returned, and said once.
+    """
+    cudart = cudart or torch.cuda.cudart()
     done: list[int] = []
-    for begin in range(0, arena.nbytes, REGISTER_BYTES):
-        size = min(REGISTER_BYTES, arena.nbytes - begin)
-        code = cudart.cudaHostRegister(arena.address + begin, size, 0)
-        if int(code) != 0:
-            for address in done:
-                cudart.cudaHostUnregister(address)
-            note = f"cudaHostRegister refused ({code}): host memory stays unpinned and copies to the device are slower"
-            log.warning(note)
-            return note
-        done.append(arena.address + begin)
-    arena.on_close(lambda: [cudart.cudaHostUnregister(a) for a in done])
+    begin, end = arena.address, arena.address + arena.nbytes
+    with torch.cuda.device(device):
+        while begin < end:
+            size = min(REGISTER_BYTES - begin % REGISTER_BYTES, end - begin)
+            code = int(cudart.cudaHostRegister(begin, size, 0))
+            if code != 0:
+                _unregister(cudart, done)
+                _forget_error(device)
+                return _refused(code)
+            done.append(begin)
+            begin += size
+    arena.on_close(lambda: _unregister(cudart, done))
     return None
+
+
+def _unregister(cudart: Any, addresses: list[int]) -> None:
+    while addresses:
+        cudart.cudaHostUnregister(addresses.pop())
+
+
+def _forget_error(device: torch.device) -> None:
+    """The driver reports a refused call a second time, at the next kernel's launch: let that be this one."""
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device=device)
+
+
+def _refused(code: int) -> str:
+    note = (
+        f"cudaHostRegister refused (error {code}): host memory stays unpinned, so copies to and from the device are "
+        "slower and not overlapped; raise `ulimit -l`, or lower tierflow.host_memory"
+    )
+    if note not in _said:
+        _said.add(note)
+        log.warning(note)
+    return note

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 
 HUGE_PAGE = 2 << 20
+#: Host memory is registered with an accelerator's driver in pieces that end at multiples of this address. One
+#: transfer must not touch two registrations, so lanes cut their copies there.
+REGISTER_BYTES = 1 << 30
 
 
 class Arena:
@@ -50,7 +53,8 @@ class Arena:
         """A uint8 tensor of ``nbytes`` at ``offset`` with a storage of its own (its use count is the lease's)."""
         assert self._map is not None and offset >= 0 and offset + nbytes <= self.nbytes
         start = self._skip + offset
-        return torch.frombuffer(memoryview(self._map)[start : start + nbytes], dtype=torch.uint8)
+        with torch.inference_mode(False):  # an inference tensor could never be refilled or trained on later
+            return torch.frombuffer(memoryview(self._map)[start : start + nbytes], dtype=torch.uint8)
 
     @property
     def address(self) -> int:
@@ -104,16 +108,24 @@ class CudaArena:
     def __init__(self, nbytes: int, device: torch.device):
         self.nbytes = nbytes
         self.device = device
-        # the caching allocator rounds blocks of this size to 2 MiB; the ledger counts what is leased
-        self._base: torch.Tensor | None = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        # zeros, as fresh host memory and a fresh store are: optimizer states start from what is there. The caching
+        # allocator rounds blocks of this size to 2 MiB; the ledger counts what is leased
+        with torch.inference_mode(False):
+            self._base: torch.Tensor | None = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+        if nbytes:  # every stream may use the arena from here on
+            torch.cuda.current_stream(device).synchronize()
 
     def bytes_at(self, offset: int, nbytes: int) -> torch.Tensor:
-        """A uint8 tensor of ``nbytes`` at ``offset`` with a storage of its own."""
+        """A uint8 tensor of ``nbytes`` at ``offset`` with a storage of its own (its use count is the lease's)."""
         assert self._base is not None and offset >= 0 and offset + nbytes <= self.nbytes
-        return torch.as_tensor(_ForeignMemory(self._base, offset, nbytes), device=self.device)
+        with torch.inference_mode(False):
+            return torch.as_tensor(_ForeignMemory(self._base, offset, nbytes), device=self.device)
 
     def close(self) -> None:
-        """Gives the memory back to torch's allocator and that to the driver."""
-        self._base = None
-        if self.nbytes:
+        """Gives the memory back to torch's allocator and that to the driver, once nothing uses it any more."""
+        if self._base is not None and self.nbytes:
+            # streams that the allocator does not know of have worked on this block
+            torch.cuda.synchronize(self.device)
+            self._base = None
             torch.cuda.empty_cache()
+        self._base = None

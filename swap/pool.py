@@ -14,6 +14,18 @@ from tierflow.swap.types import IO_BYTES, CapacityError
 AnyArena = Arena | CudaArena
 
 
+def _use_count(data: torch.Tensor) -> int:
+    return torch._C._storage_Use_Count(data.untyped_storage()._cdata)
+
+
+def _own_uses() -> int:
+    """What a storage with a single tensor counts: 1 or 2, as this torch keeps the handle made for the question."""
+    return _use_count(torch.zeros(1))
+
+
+_OWN_USES = _own_uses()
+
+
 @dataclass(eq=False)
 class Lease:
     """Sole ownership of ``nbytes`` at ``offset`` of a pool's arena until ``release``."""
@@ -34,8 +46,7 @@ class Lease:
 
     def aliases(self) -> int:
         """How many live tensors beside this lease's own refer to the memory."""
-        # less the lease's own tensor and the storage handle made for this very question
-        return torch._C._storage_Use_Count(self.bytes().untyped_storage()._cdata) - 2
+        return _use_count(self.bytes()) - _OWN_USES
 
     def release(self) -> None:
         """Returns the memory to its pool; idempotent."""

@@ -11,18 +11,10 @@ from rich.table import Table
 from tierflow.config import Config
 from tierflow.scheduler.engine import Engine
 from tierflow.scheduler.placement import MemoryPlan, rows
+from tierflow.sizes import format_size as size
 from tierflow.swap import Tier
 
 _CAPS = {Tier.DEVICE: "device_memory", Tier.HOST: "host_memory", Tier.NVME: "nvme_capacity"}
-
-
-def size(nbytes: float) -> str:
-    """Bytes in decimal units, as the config reads them."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(nbytes) < 1000 or unit == "TB":
-            return f"{nbytes:,.0f} {unit}" if unit == "B" else f"{nbytes:,.1f} {unit}"
-        nbytes /= 1000
-    raise AssertionError
 
 
 def plan_table(plan: MemoryPlan) -> Table:

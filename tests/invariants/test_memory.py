@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import random
 import select
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -237,6 +239,32 @@ def test_memory_disk_files_and_threads_are_given_back(own_disk: Path, python, ho
     assert disk < 2
     assert files <= 0
     assert threads <= 0
+
+
+@pytest.mark.parametrize("stop_after", ["offload", "forward", "backward", "step", "zero_grad"])
+def test_a_model_that_is_dropped_at_any_point_is_collected(tmp_path: Path, stop_after: str) -> None:
+    def begin() -> list[weakref.ref]:
+        model = Stack(layers=3, width=64)
+        _, optimizer = tierflow.offload(model, config(tmp_path))
+        alive = [weakref.ref(x) for x in (model, optimizer.engine, optimizer.engine.manager.store)]
+        if stop_after == "offload":
+            return alive
+        loss = model(model.input())
+        if stop_after == "forward":
+            return alive
+        loss.backward()
+        if stop_after == "backward":
+            return alive
+        optimizer.step()
+        if stop_after == "zero_grad":
+            optimizer.zero_grad()
+        return alive
+
+    alive = begin()
+    gc.collect()
+    assert [ref() for ref in alive] == [None, None, None]
+    links = [os.path.realpath(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")]
+    assert not any(str(tmp_path) in link for link in links)
 
 
 TRAIN_PROGRAM = """

@@ -21,8 +21,9 @@ from tierflow.finetune.options import SAMPLE_TOKENS, Options
 from tierflow.finetune.outputs import plot, write_metrics
 from tierflow.finetune.train import LearningRate, LossNotFinite, Trainer
 from tierflow.loading import load
+from tierflow.sizes import format_size as size
 from tierflow.swap import Tier
-from tierflow.tables import plan_notes, plan_table, print_config, resolved_config, size
+from tierflow.tables import plan_notes, plan_table, print_config, resolved_config
 
 #: Learning rate when neither the command line nor a config names one.
 DEFAULT_LR = 2e-5
