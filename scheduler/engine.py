@@ -150,9 +150,7 @@ class Engine:
         """Brings the unit to DEVICE for the operation that asks; a live alias of it keeps it there."""
         self._visit(unit)
         self.manager.fetch(unit.chunk, self.victims())
-        lease = self.manager.pin(unit.chunk)
-        self.manager.unpin(unit.chunk)
-        return lease
+        return self.manager.lend(unit.chunk)
 
     def _visit(self, unit: Unit) -> None:
         self.manager.pump()
@@ -170,7 +168,7 @@ class Engine:
             if self.manager.ledger.valid(chunk, Tier.DEVICE) or self.manager.is_fetching(chunk):
                 continue
             try:
-                self.manager.fetch(chunk, self.victims(trace.next_use(index)))
+                self.manager.fetch(chunk, self.victims(trace.next_use(index)), hint=True)
             except CapacityError:
                 return
 

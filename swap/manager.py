@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from tierflow.aio import Extent, Store
-from tierflow.swap.lanes import DeviceLane, Ticket
+from tierflow.swap.lanes import DeviceLane, Ticket, finish
 from tierflow.swap.ledger import Event, Ledger
 from tierflow.swap.pool import Lease, Pool
 from tierflow.swap.types import CapacityError, Chunk, CopyState, Tier
@@ -51,6 +51,9 @@ class Fetch:
     read: Ticket | None = None
     fill: Ticket | None = None
     unpin_host: bool = False
+    begun: bool = False  # both halves have their memory
+    in_place: bool = False  # refills a stale device copy that has views
+    host_only: bool = False  # a hint that found no room on DEVICE: it ends in HOST
 
 
 @dataclass
@@ -121,7 +124,7 @@ class Manager:
         self.ledger.hold_scratch(tier, -lease.nbytes)
         lease.release()
 
-    def _lease(self, tier: Tier, nbytes: int, victims: Victims) -> Lease:
+    def _lease(self, tier: Tier, nbytes: int, victims: Victims, wait: bool = True) -> Lease:
         pool = self.pools[tier].working
         order: Iterable[Chunk] | None = None
         while True:
@@ -131,6 +134,9 @@ class Manager:
                 if order is None:
                     order = iter(victims(tier))
                 victim = next((c for c in order if self.evictable(c, tier)), None)
+                if victim is None and wait and self._end_fetches():
+                    wait, order = False, None  # what came up ahead of use gives way to what is needed now
+                    continue
                 if victim is None:
                     raise CapacityError(
                         pool.name, nbytes, pool.free, pool.largest, self.ledger.pinned_bytes(tier),
@@ -151,9 +157,13 @@ class Manager:
         """Drops a cached copy; all caches are clean, so nothing is written."""
         if tier is Tier.DEVICE:
             self.on_evict(chunk)
-            self.lane.reuse_after(self._marks.pop(chunk.id, None))
         self.ledger.apply(chunk, tier, Event.EVICT)
-        self._leases.pop((chunk.id, tier)).release()
+        lease = self._leases.pop((chunk.id, tier))
+        lease.release()
+        if tier is Tier.DEVICE:
+            mark = self._marks.pop(chunk.id, None)
+            # freed memory that is poisoned is written once more, behind the mark
+            self.lane.reuse_after(mark if lease.pool.debug is None else None)
         self.observer()
 
     # ---- fetch to DEVICE
@@ -166,72 +176,115 @@ class Manager:
         """Whether the chunk is on its way to DEVICE."""
         return chunk.id in self._fetches
 
-    def fetch(self, chunk: Chunk, victims: Victims) -> None:
-        """Starts bringing the chunk to DEVICE unless it is there or under way. Raises CapacityError."""
+    def fetch(self, chunk: Chunk, victims: Victims, hint: bool = False) -> None:
+        """Starts bringing the chunk to DEVICE unless it is there or under way. Raises CapacityError.
+
+        ``hint``: it is wanted later. Then nothing is waited for, and where only HOST has room it ends there.
+        """
+        fetch = self._fetches.get(chunk.id)
+        if fetch is not None and fetch.host_only and not hint:
+            self._end_host_only(fetch)
         if self.ledger.valid(chunk, Tier.DEVICE) or chunk.id in self._fetches:
             return
         fetch = Fetch(chunk)
-        if not self.ledger.valid(chunk, Tier.HOST):
-            self._begin_host(fetch, victims)
         self._fetches[chunk.id] = fetch
         try:
-            self._begin_device(fetch, victims)
+            if not self.ledger.valid(chunk, Tier.HOST):
+                self._begin_host(fetch, victims, not hint)
+            self._begin_device(fetch, victims, not hint)
         except CapacityError:
-            self._settle_host(fetch)
-            del self._fetches[chunk.id]
+            if hint and fetch.read is not None:
+                fetch.host_only = True
+            else:
+                self._abort(fetch)
             raise
+        except BaseException:
+            self._abort(fetch)
+            raise
+        fetch.begun = True
         self.observer()
         self._advance(fetch)
 
-    def _begin_host(self, fetch: Fetch, victims: Victims) -> None:
+    def _begin_host(self, fetch: Fetch, victims: Victims, wait: bool) -> None:
         chunk = fetch.chunk
         if self.ledger.state(chunk, Tier.HOST) is CopyState.STALE:
             self.evict(chunk, Tier.HOST)
-        lease = self._lease(Tier.HOST, chunk.nbytes, victims)
+        lease = self._lease(Tier.HOST, chunk.nbytes, victims, wait)
         self._leases[chunk.id, Tier.HOST] = lease
         self.ledger.apply(chunk, Tier.HOST, Event.BEGIN_FILL)
         fetch.read = self.read(chunk, lease.bytes()[: chunk.nbytes])
 
-    def _begin_device(self, fetch: Fetch, victims: Victims) -> None:
+    def _begin_device(self, fetch: Fetch, victims: Victims, wait: bool) -> None:
         chunk = fetch.chunk
         if self.ledger.valid(chunk, Tier.HOST):
             self._pin_host(fetch)  # it must not be chosen as a victim for its own device copy
         # a stale copy that somebody still has a view of is refilled where it is: the view follows the weight
-        if self.ledger.state(chunk, Tier.DEVICE) is not CopyState.STALE:
-            self._leases[chunk.id, Tier.DEVICE] = self._lease(Tier.DEVICE, chunk.nbytes, victims)
+        if self.ledger.state(chunk, Tier.DEVICE) is CopyState.STALE:
+            fetch.in_place = True
+            self.lane.reuse_after(None)
+        else:
+            self._leases[chunk.id, Tier.DEVICE] = self._lease(Tier.DEVICE, chunk.nbytes, victims, wait)
         self.ledger.apply(chunk, Tier.DEVICE, Event.BEGIN_FILL)
 
     def _pin_host(self, fetch: Fetch) -> None:
         self.ledger.pin(fetch.chunk, Tier.HOST)
         fetch.unpin_host = True
 
-    def _settle_host(self, fetch: Fetch) -> None:
-        """Ends the host half of a fetch whose device half could not begin."""
-        if fetch.read is not None:
-            self._end_read(fetch, fetch.read)
+    def _unpin_host(self, fetch: Fetch) -> None:
         if fetch.unpin_host:
             self.ledger.unpin(fetch.chunk, Tier.HOST)
             fetch.unpin_host = False
 
     def _end_read(self, fetch: Fetch, read: Ticket) -> None:
-        fetch.read = None
         try:
-            read.wait()
+            finish(read)
         except BaseException:
+            fetch.read = None
             self._abort(fetch)
             raise
+        fetch.read = None
         self.ledger.apply(fetch.chunk, Tier.HOST, Event.END_FILL)
         self._pin_host(fetch)
 
+    def _end_host_only(self, fetch: Fetch) -> None:
+        assert fetch.read is not None
+        self._end_read(fetch, fetch.read)
+        self._unpin_host(fetch)
+        del self._fetches[fetch.chunk.id]
+
     def _abort(self, fetch: Fetch) -> None:
-        """Gives back what a failed fetch had taken."""
+        """Gives back what a failed fetch had taken, once nothing writes there any more."""
         chunk = fetch.chunk
         self._fetches.pop(chunk.id, None)
+        if fetch.read is not None:
+            with contextlib.suppress(OSError):
+                finish(fetch.read)
+        self._unpin_host(fetch)
         for tier in (Tier.HOST, Tier.DEVICE):
-            if self.ledger.state(chunk, tier) is CopyState.FILLING:
+            filling = self.ledger.state(chunk, tier) is CopyState.FILLING
+            if filling:
                 self.ledger.apply(chunk, tier, Event.ABORT_FILL)
+            if filling and not (fetch.in_place and tier is Tier.DEVICE):
                 self.ledger.apply(chunk, tier, Event.EVICT)
+            # a lease whose fill had not begun is in no ledger
+            if self.ledger.state(chunk, tier) is CopyState.ABSENT and (chunk.id, tier) in self._leases:
                 self._leases.pop((chunk.id, tier)).release()
+        self.lane.reuse_after(None)
+
+    def _end_fetches(self) -> bool:
+        """Waits for what is under way to DEVICE, whose memory nobody could take; whether there was anything."""
+        found = [f for f in self._fetches.values() if f.begun or f.host_only]
+        for fetch in found:
+            self._end(fetch)
+        return bool(found)
+
+    def _end(self, fetch: Fetch) -> None:
+        if fetch.host_only:
+            self._end_host_only(fetch)
+            return
+        self._advance(fetch, block=True)
+        if fetch.fill is not None and fetch.chunk.id in self._fetches:
+            self._finish(fetch)
 
     def _advance(self, fetch: Fetch, block: bool = False) -> None:
         """Carries a fetch as far as it goes without waiting, or (``block``) to where compute may use it."""
@@ -242,6 +295,10 @@ class Manager:
             began = time.perf_counter()
             self._end_read(fetch, fetch.read)
             self.traffic.wait_read += time.perf_counter() - began
+        if fetch.host_only:
+            self._unpin_host(fetch)
+            del self._fetches[chunk.id]
+            return
         if fetch.fill is None:
             began = time.perf_counter()
             source = self._leases[chunk.id, Tier.HOST].bytes()[: chunk.nbytes]
@@ -254,9 +311,8 @@ class Manager:
 
     def _finish(self, fetch: Fetch) -> None:
         assert fetch.fill is not None
-        fetch.fill.wait()
-        if fetch.unpin_host:
-            self.ledger.unpin(fetch.chunk, Tier.HOST)
+        finish(fetch.fill)
+        self._unpin_host(fetch)
         if self.ledger.state(fetch.chunk, Tier.DEVICE) is CopyState.FILLING:
             self.ledger.apply(fetch.chunk, Tier.DEVICE, Event.END_FILL)
         del self._fetches[fetch.chunk.id]
@@ -278,7 +334,8 @@ class Manager:
             if fetch.fill is not None and chunk.id in self._fetches:
                 self.lane.before_use(fetch.fill)
                 # ordered by the event: valid for everything issued from here on
-                self.ledger.apply(chunk, Tier.DEVICE, Event.END_FILL)
+                if self.ledger.state(chunk, Tier.DEVICE) is CopyState.FILLING:
+                    self.ledger.apply(chunk, Tier.DEVICE, Event.END_FILL)
         self.ledger.pin(chunk, Tier.DEVICE)
         return self._leases[chunk.id, Tier.DEVICE]
 
@@ -286,8 +343,18 @@ class Manager:
         """Undoes one ``pin``; the copy stays cached. Returns how many pins are left."""
         left = self.ledger.unpin(chunk, Tier.DEVICE)
         if left == 0 and self._homes[chunk.id] is not Tier.DEVICE:
-            self._marks[chunk.id] = self.lane.after_use()
+            if self.busy_aliases(chunk, self._leases[chunk.id, Tier.DEVICE]):
+                self._marks.pop(chunk.id, None)  # it goes on being used
+            else:
+                self._marks[chunk.id] = self.lane.after_use()
         return left
+
+    def lend(self, chunk: Chunk) -> Lease:
+        """Like ``pin``, for the caller to make an alias of at once; that is what then holds the copy."""
+        lease = self.pin(chunk)
+        self.ledger.unpin(chunk, Tier.DEVICE)
+        self._marks.pop(chunk.id, None)
+        return lease
 
     def wrote(self, chunk: Chunk, tier: Tier) -> None:
         """The copy in ``tier`` is now the only true one: cached others are dropped."""
@@ -298,10 +365,7 @@ class Manager:
     def settle(self) -> None:
         """Waits for every fetch under way."""
         for fetch in list(self._fetches.values()):
-            self._advance(fetch, block=True)
-            if fetch.fill is not None and fetch.chunk.id in self._fetches:
-                fetch.fill.wait()
-                self._finish(fetch)
+            self._end(fetch)
 
     def close(self) -> None:
         """Ends every transfer and gives all memory and disk back; errors of abandoned reads are dropped."""
@@ -310,6 +374,7 @@ class Manager:
                 if ticket is not None:
                     _quietly(ticket)
         self._fetches.clear()
+        self.lane.close()
         for lease in self._leases.values():
             lease.release()
         self._leases.clear()

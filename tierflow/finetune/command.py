@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,15 @@ def finetune(options: Options, console: Console) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
     _quiet_transformers()
     torch.manual_seed(options.seed)
-    run = prepare(options, console)
+    try:
+        _run(prepare(options, console), console)
+    finally:
+        if options.nvme_path is None:
+            with contextlib.suppress(OSError):  # there was none, or somebody put a file there
+                options.swap.rmdir()
+
+
+def _run(run: Run, console: Console) -> None:
     try:
         if run.config.tierflow.report:
             show(run, console)
@@ -71,9 +80,8 @@ def prepare(options: Options, console: Console) -> Run:
     batches = Batches(sequences, micro, accumulation, options.seed)
     options.output.mkdir(parents=True, exist_ok=True)
     before = peak_rss()
-    swap = options.nvme_path or options.output / "swap"
     with console.status("streaming weights to their tiers"):
-        model, optimizer = load(AutoModelForCausalLM, options.model, config, nvme_path=str(swap))
+        model, optimizer = load(AutoModelForCausalLM, options.model, config, nvme_path=str(options.swap))
     total = options.steps or batches.steps_for(options.epochs)
     learning_rate = LearningRate(config.scheduler, options, total)
     trainer = Trainer(model, optimizer, batches, options, total, Meter(optimizer.engine), learning_rate)

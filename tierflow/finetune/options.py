@@ -37,6 +37,11 @@ class Options:
     nvme_path: Path | None = None
 
     @property
+    def swap(self) -> Path:
+        """The folder for NVMe when the config names none."""
+        return self.nvme_path or self.output / "swap"
+
+    @property
     def checkpoint(self) -> Path:
         """Where ``save_every`` writes and ``resume`` reads."""
         return self.output / "checkpoint"
