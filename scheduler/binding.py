@@ -35,26 +35,37 @@ class Binder:
 
     def unit_of(self, tensor: torch.Tensor) -> Unit | None:
         """The unit whose bound memory the tensor lies in."""
-        return self._by_storage.get(tensor.untyped_storage()._cdata)
+        try:
+            return self._by_storage.get(tensor.untyped_storage()._cdata)
+        except (NotImplementedError, RuntimeError):  # sparse, or wrapped by a transform: no storage
+            return None
 
     def bind(self, unit: Unit, lease: Lease) -> None:
         """Points every parameter of the unit at its slot of ``lease``."""
-        flat = lease.view(unit.dtype)
-        with raw():
+        # tensors made in inference mode could not be trained on later
+        with raw(), torch.inference_mode(False):
+            flat = lease.view(unit.dtype)
             for slot, p in zip(unit.slots, unit.params, strict=True):
                 p.data = flat[slot.offset : slot.offset + slot.numel].view(slot.shape)
         self._bound[unit.index] = lease
         self._by_storage[flat.untyped_storage()._cdata] = unit
+
+    def follow(self, unit: Unit, lease: Lease) -> None:
+        """The unit's memory has moved to ``lease``."""
+        old = self._bound.pop(unit.index, None)
+        if old is not None:
+            self._by_storage = {key: u for key, u in self._by_storage.items() if u is not unit}
+            self.bind(unit, lease)
 
     def unbind(self, unit: Unit) -> None:
         """Leaves shape, dtype and device, over one NaN."""
         lease = self._bound.pop(unit.index, None)
         if lease is not None:
             del self._by_storage[lease.bytes().untyped_storage()._cdata]
-        nan = self._nan.get(unit.dtype)
-        if nan is None:
-            nan = self._nan[unit.dtype] = torch.full((1,), float("nan"), dtype=unit.dtype, device=self._device)
-        with raw():
+        with raw(), torch.inference_mode(False):
+            nan = self._nan.get(unit.dtype)
+            if nan is None:
+                nan = self._nan[unit.dtype] = _nan(unit.dtype, self._device)
             for slot, p in zip(unit.slots, unit.params, strict=True):
                 p.data = nan.as_strided(slot.shape, (0,) * len(slot.shape))
 
@@ -67,3 +78,8 @@ class Binder:
         """The unit is no longer pinned: its parameters guard themselves."""
         for p in unit.params:
             p.__class__ = evicted_class(self._classes[id(p)])
+
+
+def _nan(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    value = float("nan") if dtype.is_floating_point or dtype.is_complex else 0
+    return torch.full((1,), value, dtype=dtype, device=device)

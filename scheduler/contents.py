@@ -7,6 +7,7 @@ import torch
 from tierflow.cpu_adam import kernels
 from tierflow.scheduler.units import Slot, Unit
 from tierflow.swap import IO_BYTES, Chunk, Event, Kind, Manager, Tier
+from tierflow.swap.lanes import finish
 from tierflow.swap.manager import Victims
 
 #: Bytes moved at a time between a home on NVMe and anything else.
@@ -21,7 +22,7 @@ def read_bytes(manager: Manager, chunk: Chunk, begin: int, end: int, victims: Vi
         out.copy_(manager.memory(chunk, tier).bytes()[begin:end])
         return out
     for low, high, scratch in _spans(manager, chunk, begin, end, victims):
-        manager.read(chunk, scratch, low).wait()
+        finish(manager.read(chunk, scratch, low))
         a, b = max(low, begin), min(high, end)
         out[a - begin : b - begin] = scratch[a - low : b - low]
     return out
@@ -29,6 +30,7 @@ def read_bytes(manager: Manager, chunk: Chunk, begin: int, end: int, victims: Vi
 
 def write_bytes(manager: Manager, chunk: Chunk, begin: int, data: torch.Tensor, victims: Victims) -> None:
     """Replaces bytes of the home; the caller answers for other copies (``Manager.wrote``)."""
+    manager.settle_chunk(chunk)  # a prefetch under way would keep the old bytes, or half of them
     tier, end = manager.home(chunk), begin + data.nbytes
     if tier is not Tier.NVME:
         manager.memory(chunk, tier).bytes()[begin:end].copy_(data)
@@ -36,9 +38,9 @@ def write_bytes(manager: Manager, chunk: Chunk, begin: int, data: torch.Tensor, 
     for low, high, scratch in _spans(manager, chunk, begin, end, victims):
         a, b = max(low, begin), min(high, end)
         if (a, b) != (low, high):
-            manager.read(chunk, scratch, low).wait()
+            finish(manager.read(chunk, scratch, low))
         scratch[a - low : b - low] = data[a - begin : b - begin]
-        manager.write(chunk, scratch, low).wait()
+        finish(manager.write(chunk, scratch, low))
 
 
 def _spans(manager: Manager, chunk: Chunk, begin: int, end: int, victims: Victims):  # type: ignore[no-untyped-def]

@@ -22,7 +22,7 @@ from tierflow.scheduler.hooks import ModelHooks, in_backward
 from tierflow.scheduler.placement import MemoryPlan
 from tierflow.scheduler.rules import Rule
 from tierflow.scheduler.trace import Recorder
-from tierflow.scheduler.traffic import Pools, default_order, estimate
+from tierflow.scheduler.traffic import PREFETCH, Pools, default_order, estimate
 from tierflow.scheduler.units import Slot, Unit
 from tierflow.scheduler.update import Job, UpdatePipeline
 from tierflow.swap import CapacityError, Chunk, CopyState, Kind, Lease, Ledger, Manager, Tier, Traffic
@@ -31,8 +31,6 @@ log = logging.getLogger("tierflow")
 
 #: Host memory that ``state_dict`` leaves free.
 STATE_DICT_MARGIN = 256 << 20
-#: Fetches kept under way ahead of use.
-PREFETCH = 4
 
 
 @dataclass
@@ -68,6 +66,7 @@ class Engine:
         on_device = self.device.type == "cpu" or plan.placement.optimizer is Tier.DEVICE
         self.pipeline = UpdatePipeline(manager, plan.piece_elements, plan.pieces_in_flight, on_device)
         manager.on_evict = lambda chunk: self.binder.unbind(self.units[chunk.unit])
+        manager.on_move = lambda chunk, lease: self.binder.follow(self.units[chunk.unit], lease)
         manager.busy_aliases = self._aliased
         self.slots: dict[int, GradSlot] = {}
         self.step_counts: dict[int, int] = {}
@@ -240,6 +239,8 @@ class Engine:
         began = time.perf_counter()
         if self.hooks is not None:
             self.hooks.reset()
+        if any(self._pins.values()):
+            raise RuntimeError("optimizer.step() inside `with tierflow.gathered(...)`: leave the block first")
         self.manager.settle()
         ready = {id(s.param): s for s in slots}
         self._follow_users()
@@ -281,7 +282,7 @@ class Engine:
     def expected_traffic(self) -> tuple[int, int]:
         """(read, written) NVMe bytes of a steady step in the order of use learned so far."""
         pools = Pools.of(self.plan, self.device.type == "cpu")
-        return estimate(self.units, self.plan.placement, pools, self.recorder.trace.order)
+        return estimate(self.units, self.plan.placement, pools, self.recorder.trace.order, self._prefetching)
 
     def take_report(self) -> StepReport:
         """The report since the last call, and a fresh one."""
@@ -335,6 +336,8 @@ class Engine:
                     p.grad = None
             self.binder.unbind(unit)
             self.binder.shut(unit)
+        for slot in self.slots.values():
+            slot.close()
         self.slots.clear()
         self.manager.close()
         for tier in (Tier.DEVICE, Tier.HOST):

@@ -102,6 +102,11 @@ class GradSlot:
             self.scale, self._stats = 1.0, None
         return self.memory
 
+    def close(self) -> None:
+        """Lets go of the memory: the slot and its handle refer to each other and may live on for a while."""
+        self._transfer = self._stats = None
+        self.memory = self.handle._memory = torch.empty(0)
+
     def updated(self) -> None:
         """The gradient served a step: what was known of it goes with the next zero_grad or backward."""
         self.norm_was_read = self.user_scaled = False

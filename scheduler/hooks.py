@@ -43,6 +43,8 @@ class SavedWeight:
     size: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
+    conjugate: bool
+    negative: bool
     generation: int
 
 
@@ -59,6 +61,7 @@ class ModelHooks:
 
     def __init__(self, engine: Engine, model: nn.Module, units: list[Unit]):
         self._engine = engine
+        self._root = model
         self._frames: list[list[Unit]] = []
         self._until_backward_ends: list[Unit] = []
         self._callback_task = -1
@@ -106,7 +109,9 @@ class ModelHooks:
     # ---- module hooks
 
     def _before(self, needed: list[Unit]) -> Callable[..., None]:
-        def enter(_module: nn.Module, _args: Any) -> None:
+        def enter(module: nn.Module, _args: Any) -> None:
+            if module is self._root and self._frames and not in_backward():
+                self.reset()  # Ctrl-C in an earlier forward: torch calls no hook for it
             self._enter()
             for unit in needed:
                 self._engine.acquire(unit)
@@ -119,12 +124,12 @@ class ModelHooks:
             self._leave()
 
     def _enter(self) -> None:
-        outermost = not self._frames
-        self._frames.append([])
-        hooks_on_top = in_backward() and not _no_saved_tensor_hooks()
-        self._pushed.append(outermost and not hooks_on_top)
-        if self._pushed[-1]:
+        push = not self._frames and not (in_backward() and not _no_saved_tensor_hooks())
+        if push:  # refused inside torch.func's transforms: nothing is noted then
             torch._C._autograd._push_saved_tensors_default_hooks(self._pack, self._unpack)
+        self._frames.append([])
+        self._pushed.append(push)
+        if push:
             # autocast would keep 16-bit copies of weights alive after their unit is gone
             self._cache_was_on.append(torch.is_autocast_cache_enabled())
             torch.set_autocast_cache_enabled(False)
@@ -149,7 +154,7 @@ class ModelHooks:
                 return SavedTensor(tensor.detach(), tensor._version)
             return SavedWeight(
                 unit, int(tensor.storage_offset()), tensor.shape, tensor.stride(), tensor.dtype,
-                self._engine.generation(unit),
+                tensor.is_conj(), tensor.is_neg(), self._engine.generation(unit),
             )  # fmt: skip
 
     def _unpack(self, saved: SavedWeight | SavedTensor) -> torch.Tensor:
@@ -170,6 +175,10 @@ class ModelHooks:
             )
         lease = engine.touch(saved.unit)
         alias = torch.as_strided(lease.bytes().view(saved.dtype), saved.size, saved.stride, saved.offset)
+        if saved.conjugate:  # lazy: a flag of the tensor, not of its bytes
+            alias = alias.conj()
+        if saved.negative:
+            alias = torch._neg_view(alias)
         engine.prefetch()
         return alias
 

@@ -24,6 +24,7 @@ class Placement:
     optimizer: Tier
     state_format: str
     grad_dtype: torch.dtype | None = None  # None: each parameter's own
+    device_is_host: bool = True  # no accelerator: the kernels work on DEVICE memory too
 
     @property
     def grad(self) -> Tier:
@@ -43,6 +44,11 @@ def kinds_of(unit: Unit, placement: Placement) -> dict[Kind, int]:
     kinds = {Kind.PARAM: size}
     if not unit.trainable:
         return kinds
+    if unit.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"parameter {unit.slots[0].names[0]!r} is {str(unit.dtype)[6:]}: float32, bfloat16 and float16 can be trained; "
+            "convert it, or freeze it with requires_grad_(False)"
+        )
     kinds[Kind.GRAD] = (placement.grad_dtype or unit.dtype).itemsize
     if unit.dtype != torch.float32:
         lossless = placement.state_format == "lossless" and unit.dtype == torch.bfloat16
@@ -121,7 +127,8 @@ def working_needs(units: list[Unit], placement: Placement, together: list[list[U
     """``together``: sets of units that are pinned at once while some module runs."""
     nbytes = {u.index: u.chunk.nbytes for u in units}
     staged = 0
-    if placement.optimizer is Tier.NVME:
+    weights_cross = placement.optimizer is Tier.HOST and placement.param is Tier.DEVICE and not placement.device_is_host
+    if placement.optimizer is Tier.NVME or weights_cross:
         staged = max((_staged_bytes(u, placement) for u in units), default=0)
     if placement.param is Tier.DEVICE:
         return Needs(0, 2 * IO_BYTES * staged, 0, staged)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 
 from torch import nn
@@ -10,6 +11,9 @@ from tierflow.scheduler.placement import MemoryPlan, Placement
 from tierflow.scheduler.trace import Trace
 from tierflow.scheduler.units import Unit, module_units
 from tierflow.swap import Kind, Tier
+
+#: Fetches kept under way ahead of use.
+PREFETCH = 4
 
 
 @dataclass(frozen=True)
@@ -30,76 +34,95 @@ class Pools:
 
 
 class _Cache:
-    """One tier's working pool: which units it holds and what it would give up."""
+    """One tier's working pool: which units it holds, how much is staged, and what it would give up."""
 
     def __init__(self, capacity: int, sizes: dict[int, int]):
-        self.capacity, self._sizes, self.held = capacity, sizes, set[int]()
+        self.capacity, self._sizes, self.held, self.staged = capacity, sizes, set[int](), 0
 
-    def shrink(self, room: int, trace: Trace) -> None:
-        """Drops units, the farthest next use first, until ``room`` more bytes fit."""
-        used = sum(self._sizes[u] for u in self.held)
-        for victim in sorted(self.held, key=trace.next_use, reverse=True):
-            if used + room <= self.capacity:
-                return
+    def make_room(self, nbytes: int, trace: Trace, keep: set[int], beyond: int = -1) -> bool:
+        """Drops units, the farthest next use first, until ``nbytes`` more fit; as ``Engine.victims`` has it."""
+        used = self.staged + sum(self._sizes[u] for u in self.held)
+        for victim in sorted(self.held - keep, key=trace.next_use, reverse=True):
+            if used + nbytes <= self.capacity or trace.next_use(victim) <= beyond:
+                break
             self.held.discard(victim)
             used -= self._sizes[victim]
-
-    def admit(self, unit: int, trace: Trace) -> None:
-        """Brings a unit in."""
-        if unit not in self.held:
-            self.shrink(self._sizes[unit], trace)
-            self.held.add(unit)
+        return used + nbytes <= self.capacity
 
 
-def estimate(units: list[Unit], placement: Placement, pools: Pools, order: list[int]) -> tuple[int, int]:
+def estimate(
+    units: list[Unit], placement: Placement, pools: Pools, order: list[int], prefetch: bool = True
+) -> tuple[int, int]:
     """(read, written) NVMe bytes of one steady step with the given order of use."""
     sizes = {u.index: u.chunk.nbytes for u in units}
     near, far, trace = _Cache(pools.device, sizes), _Cache(pools.host, sizes), Trace(order)
     read = written = 0
-    for _ in range(2):  # the second pass starts from what the first left in memory
-        read = _fetches(order, near, far, trace, sizes) if placement.param is Tier.NVME else 0
-        cached = far.held | near.held if pools.device_is_host else set(far.held)
-        for unit in units:
-            if unit.trainable:
-                more, out = _update(unit, placement, unit.index in cached)
-                read, written = read + more, written + out
-        far.shrink(_scratch(units, placement, pools), trace)
-        # updated in place where the kernel reached them first; the other copies are out of date
-        near.held = near.held - far.held if pools.device_is_host else set()
-    return read, written // 2
+    for _ in range(3):  # the later passes start from what the one before left in memory
+        read = _fetches(near, far, trace, sizes, prefetch) if placement.param is Tier.NVME else 0
+        staged, written = _updates(units, placement, pools, near, far, trace)
+        read += staged
+    return read, written
 
 
-def _fetches(order: list[int], near: _Cache, far: _Cache, trace: Trace, sizes: dict[int, int]) -> int:
+def _fetches(near: _Cache, far: _Cache, trace: Trace, sizes: dict[int, int], prefetch: bool) -> int:
     read = 0
+
+    def bring(unit: int, running: int, beyond: int = -1) -> bool:
+        nonlocal read
+        if unit not in far.held:
+            if not far.make_room(sizes[unit], trace, set(), beyond):
+                return False
+            far.held.add(unit)
+            read += sizes[unit]
+        if not near.make_room(sizes[unit], trace, {running}, beyond):
+            return False
+        near.held.add(unit)
+        return True
+
     trace.rewind()
-    for unit in order:
+    for unit in trace.order:
         trace.visit(unit)
         if unit not in near.held:
-            if unit not in far.held:
-                read += sizes[unit]
-            far.admit(unit, trace)
-            near.admit(unit, trace)
+            bring(unit, unit)
+        ahead = [u for u in dict.fromkeys(trace.upcoming(2 * PREFETCH)) if u not in near.held] if prefetch else []
+        for soon in ahead[:PREFETCH]:
+            if not bring(soon, unit, trace.next_use(soon)):
+                break
     return read
 
 
-def _update(unit: Unit, placement: Placement, cached: bool) -> tuple[int, int]:
-    """(read, written) by the update of one unit."""
-    homes = [(k, c.nbytes) for k, c in unit.chunks.items() if k is not Kind.GRAD]
-    stored = [(k, n) for k, n in homes if placement.home(k) is Tier.NVME]
-    written = sum(n for _, n in stored)
-    return written - (unit.chunk.nbytes if cached and placement.param is Tier.NVME else 0), written
+def _updates(
+    units: list[Unit], placement: Placement, pools: Pools, near: _Cache, far: _Cache, trace: Trace
+) -> tuple[int, int]:
+    """(read, written) by the update pipeline, which stages in the host's pool what kernels cannot reach."""
+    read = written = 0
+    flight: deque[tuple[int, int]] = deque()  # bytes staged for a piece, its unit
 
+    def retire() -> None:
+        nbytes, unit = flight.popleft()
+        far.staged -= nbytes
+        if not pools.device_is_host:
+            near.held.discard(unit)  # updated in HOST or on NVMe: this copy is stale
 
-def _scratch(units: list[Unit], placement: Placement, pools: Pools) -> int:
-    """Host bytes that the update stages at its peak."""
-    if placement.optimizer is not Tier.NVME:
-        return 0
-    pieces: list[int] = []
-    for unit in units:
-        per_element = sum(c.itemsize for k, c in unit.chunks.items() if k is not Kind.GRAD)
-        whole, rest = divmod(unit.chunk.numel, pools.piece_elements)
-        pieces += [pools.piece_elements * per_element] * min(whole, pools.pieces) + [rest * per_element]
-    return sum(sorted(pieces)[-pools.pieces :])
+    for unit in (u for u in units if u.trainable):
+        cached = unit.index in far.held or (pools.device_is_host and unit.index in near.held)
+        homes = {k: placement.home(k) for k in unit.chunks if k is not Kind.GRAD}
+        here = {Tier.HOST} | ({Tier.DEVICE} if pools.device_is_host else set())
+        staged = [k for k, tier in homes.items() if tier not in here and not (k is Kind.PARAM and cached)]
+        read += sum(unit.chunks[k].nbytes for k in staged if homes[k] is Tier.NVME)
+        written += sum(unit.chunks[k].nbytes for k, tier in homes.items() if tier is Tier.NVME)
+        per_element = sum(unit.chunks[k].itemsize for k in staged)
+        for begin in range(0, unit.chunk.numel, pools.piece_elements) if staged else ():
+            need = min(pools.piece_elements, unit.chunk.numel - begin) * per_element
+            while not far.make_room(need, trace, {unit.index, *(u for _, u in flight)}) and flight:
+                retire()
+            far.staged += need
+            flight.append((need, unit.index))
+            while len(flight) >= pools.pieces:
+                retire()
+    while flight:
+        retire()
+    return read, written
 
 
 def default_order(model: nn.Module, units: list[Unit]) -> list[int]:

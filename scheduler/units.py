@@ -10,7 +10,7 @@ from torch import nn
 
 from tierflow.swap import ALIGN_BYTES, IO_BYTES, Chunk, Kind
 
-#: In elements, for every dtype alike, so that all kinds of a unit share one layout.
+#: In elements, so that all kinds of a unit share one layout; for dtypes of 2 bytes and more.
 _PARAM_ALIGN = ALIGN_BYTES // 2
 _UNIT_ALIGN = IO_BYTES // 2
 
@@ -52,9 +52,9 @@ class ShardGeometry:
     rank: int = 0
     world: int = 1
 
-    def padded(self, numel: int) -> int:
-        """Elements of the whole buffer after padding."""
-        grain = _UNIT_ALIGN * self.world
+    def padded(self, numel: int, itemsize: int = 2) -> int:
+        """Elements of the whole buffer after padding, so that every kind's shard is a multiple of IO_BYTES."""
+        grain = _UNIT_ALIGN * self.world * (2 if itemsize == 1 else 1)
         return -(-max(numel, 1) // grain) * grain
 
     def shard(self, numel: int) -> int:
@@ -93,6 +93,12 @@ def partition(model: nn.Module, max_bytes: int | None = None) -> list[Unit]:
     for name, param in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(param), []).append(name)
         order.setdefault(id(param), len(order))
+        owner = getattr(param, "_tierflow_owner", None)
+        if owner is not None and not owner.closed:
+            raise ValueError(
+                f"parameter {name!r} is offloaded already, with another model or as a part of this one: close that "
+                "optimizer first, or offload one module that holds both"
+            )
     taken: set[int] = set()
     units: list[Unit] = []
     for path, params in _owners(model, "", False, max_bytes):
@@ -132,9 +138,10 @@ def _unit(
     order: dict[int, int],
 ) -> Unit:
     slots, offset = [], 0
+    align = ALIGN_BYTES if dtype.itemsize == 1 else _PARAM_ALIGN
     for p in params:
         slots.append(Slot(tuple(names[id(p)]), p.shape, p.numel(), offset, order[id(p)]))
-        offset += -(-p.numel() // _PARAM_ALIGN) * _PARAM_ALIGN
+        offset += -(-p.numel() // align) * align
     return Unit(index, label, dtype, trainable, slots, params, offset)
 
 
@@ -142,7 +149,7 @@ def make_chunks(units: list[Unit], kinds: dict[int, dict[Kind, int]], geometry: 
     """Gives each unit its chunks: ``kinds[unit.index]`` maps a kind to its bytes per element."""
     ids = 0
     for unit in units:
-        unit.numel = geometry.padded(unit.numel)
+        unit.numel = geometry.padded(unit.numel, unit.dtype.itemsize)
         for kind, itemsize in kinds[unit.index].items():
             shard = geometry.shard(unit.numel)
             unit.chunks[kind] = Chunk(ids, unit.index, kind, itemsize, shard, geometry.rank, geometry.world)

@@ -18,7 +18,11 @@ from tierflow.scheduler.gradients import GradSlot
 from tierflow.scheduler.rules import Rule
 from tierflow.scheduler.units import Unit
 from tierflow.swap import CapacityError, Chunk, Event, Kind, Lease, Manager, Ticket, Tier
+from tierflow.swap.lanes import finish
 from tierflow.swap.manager import Victims
+
+#: Elements that torch's operators update at a time on an accelerator: their fp64 intermediates are that long.
+_DEVICE_ELEMENTS = 1 << 21
 
 STATE_KINDS = (Kind.PARAM, Kind.MASTER, Kind.EXP_AVG, Kind.EXP_AVG_SQ)
 
@@ -43,6 +47,7 @@ class _Piece:
     scratch: Lease | None = None
     tickets: list[Ticket] = field(default_factory=list)
     last: bool = False
+    mirror: bool = False  # PARAM is updated in DEVICE, and its HOST copy is to follow
 
 
 class UpdatePipeline:
@@ -93,7 +98,8 @@ class UpdatePipeline:
     def _addressable(self, chunk: Chunk) -> Tier | None:
         """The tier whose copy the kernel can update in place, if any."""
         home = self.manager.home(chunk)
-        for tier in (Tier.HOST, Tier.DEVICE) if home is Tier.NVME else (home,):
+        # DEVICE first: that copy serves the next forward, and the host's room may go to the staging
+        for tier in (Tier.DEVICE, Tier.HOST) if home is Tier.NVME else (home,):
             if (tier is Tier.HOST or self._on_device) and self.manager.ledger.valid(chunk, tier):
                 return tier
         return None
@@ -106,6 +112,9 @@ class UpdatePipeline:
         for kind, tier in piece.where.items():
             if tier is not None:  # pinned first: room for the staging must not come from the piece itself
                 self.manager.ledger.pin(unit.chunks[kind], tier)
+        piece.mirror = piece.where[Kind.PARAM] is Tier.DEVICE and self.manager.ledger.valid(unit.chunk, Tier.HOST)
+        if piece.mirror:
+            self.manager.ledger.pin(unit.chunk, Tier.HOST)
         need = sum(unit.chunks[k].itemsize * span for k, tier in piece.where.items() if tier is None)
         try:
             piece.scratch = self.manager.scratch(Tier.HOST, need, victims) if need else None
@@ -114,7 +123,11 @@ class UpdatePipeline:
             if must:
                 raise
             return False
-        self._fill(piece)
+        try:
+            self._fill(piece)
+        except BaseException:
+            self._abandon(piece)
+            raise
         return True
 
     def _fill(self, piece: _Piece) -> None:
@@ -171,13 +184,20 @@ class UpdatePipeline:
         for low, high, offset, grad, rule in _segments(piece.job, piece.begin, piece.end):
             part = {k: t[low - piece.begin : high - piece.begin] for k, t in piece.tensors.items()}
             memory = grad.memory.view(-1)[low - offset : high - offset]
-            step = kernels.adam_step if memory.device.type == "cpu" else reference.adam_step
-            step(
-                part[Kind.PARAM], memory, part[Kind.EXP_AVG], part[Kind.EXP_AVG_SQ],
-                master=part.get(Kind.MASTER), step=rule.step, lr=rule.lr, beta1=rule.beta1, beta2=rule.beta2,
-                eps=rule.eps, weight_decay=rule.weight_decay, decoupled=rule.decoupled,
-                maximize=rule.maximize, unscale=rule.unscale, clip=rule.clip,
-            )  # fmt: skip
+            on_host = memory.device.type == "cpu"
+            step = kernels.adam_step if on_host else reference.adam_step
+            size = max(high - low, 1) if on_host else _DEVICE_ELEMENTS
+            for at in range(0, high - low, size):
+                here = {k: t[at : at + size] for k, t in part.items()}
+                step(
+                    here[Kind.PARAM], memory[at : at + size], here[Kind.EXP_AVG], here[Kind.EXP_AVG_SQ],
+                    master=here.get(Kind.MASTER), step=rule.step, lr=rule.lr, beta1=rule.beta1, beta2=rule.beta2,
+                    eps=rule.eps, weight_decay=rule.weight_decay, decoupled=rule.decoupled,
+                    maximize=rule.maximize, unscale=rule.unscale, clip=rule.clip,
+                )  # fmt: skip
+        if piece.mirror:
+            copy = self._flat(piece.job.unit, Kind.PARAM, Tier.HOST)
+            copy[piece.begin : piece.end].copy_(piece.tensors[Kind.PARAM])
         self._kernel_seconds += time.perf_counter() - began
 
     def _stage_out(self, piece: _Piece) -> None:
@@ -199,15 +219,21 @@ class UpdatePipeline:
         chunk, manager = piece.job.unit.chunk, self.manager
         tier = piece.where[Kind.PARAM]
         home = manager.home(chunk)
-        manager.wrote(chunk, home if tier is None else tier)
-        if tier is not None and tier is not home:  # updated in a cache and written through
-            manager.ledger.apply(chunk, home, Event.BEGIN_FILL)
-            manager.ledger.apply(chunk, home, Event.END_FILL)
+        where = home if tier is None else tier
+        if piece.mirror:
+            manager.ledger.wrote(chunk, where)
+        else:
+            manager.wrote(chunk, where)
+        for other in {home, *([Tier.HOST] if piece.mirror else [])} - {where}:  # written through
+            manager.ledger.apply(chunk, other, Event.BEGIN_FILL)
+            manager.ledger.apply(chunk, other, Event.END_FILL)
 
     def _release(self, piece: _Piece) -> None:
         for kind, tier in piece.where.items():
             if tier is not None:
                 self.manager.ledger.unpin(piece.job.unit.chunks[kind], tier)
+        if piece.mirror:
+            self.manager.ledger.unpin(piece.job.unit.chunk, Tier.HOST)
         piece.tensors.clear()
         if piece.scratch is not None:
             self.manager.drop_scratch(Tier.HOST, piece.scratch)
@@ -216,7 +242,7 @@ class UpdatePipeline:
     def _abandon(self, piece: _Piece) -> None:
         for ticket in piece.tickets:
             try:
-                ticket.wait()
+                finish(ticket)
             except OSError:
                 continue  # the first error is already on its way to the caller
         self._release(piece)
@@ -227,7 +253,7 @@ def _wait_all(tickets: list[Ticket]) -> None:
     error: BaseException | None = None
     for ticket in tickets:
         try:
-            ticket.wait()
+            finish(ticket)
         except OSError as caught:
             error = error or caught
     tickets.clear()

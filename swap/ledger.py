@@ -54,6 +54,10 @@ class Ledger:
         """State of the chunk's copy in the tier."""
         return self._states.get((chunk.id, tier), CopyState.ABSENT)
 
+    def chunk(self, chunk_id: int) -> Chunk:
+        """The chunk of that id."""
+        return self._chunks[chunk_id]
+
     def valid(self, chunk: Chunk, tier: Tier) -> bool:
         """Whether the copy can be read."""
         return self.state(chunk, tier) is CopyState.VALID

@@ -65,6 +65,7 @@ class Manager:
     store: Store | None
     lane: DeviceLane
     on_evict: Callable[[Chunk], None] = lambda chunk: None
+    on_move: Callable[[Chunk, Lease], None] = lambda chunk, lease: None
     busy_aliases: Callable[[Chunk, Lease], bool] = lambda chunk, lease: False
     traffic: Traffic = field(default_factory=Traffic)
     observer: Callable[[], None] = lambda: None  # called after memory changed hands
@@ -124,8 +125,9 @@ class Manager:
         self.ledger.hold_scratch(tier, -lease.nbytes)
         lease.release()
 
-    def _lease(self, tier: Tier, nbytes: int, victims: Victims, wait: bool = True) -> Lease:
+    def _lease(self, tier: Tier, nbytes: int, victims: Victims, demand: bool = True) -> Lease:
         pool = self.pools[tier].working
+        wait, move = demand, demand
         order: Iterable[Chunk] | None = None
         while True:
             try:
@@ -137,12 +139,37 @@ class Manager:
                 if victim is None and wait and self._end_fetches():
                     wait, order = False, None  # what came up ahead of use gives way to what is needed now
                     continue
+                if victim is None and move and self._compact(tier, nbytes):
+                    move = False
+                    continue
                 if victim is None:
                     raise CapacityError(
                         pool.name, nbytes, pool.free, pool.largest, self.ledger.pinned_bytes(tier),
                         f"Raise tierflow.{'device' if tier is Tier.DEVICE else 'host'}_memory",
                     ) from None  # fmt: skip
                 self.evict(victim, tier)
+
+    def _compact(self, tier: Tier, nbytes: int) -> bool:
+        """Moves copies together where enough is free, but not in one run; whether ``nbytes`` fit now.
+
+        Only what is pinned is left when this is called: units that an outer module holds lie where there was room.
+        """
+        pool = self.pools[tier].working
+        if tier is not Tier.DEVICE or pool.free < nbytes:
+            return False
+        here = [(lease.offset, i) for (i, t), lease in self._leases.items() if t is tier and lease.pool is pool]
+        for _, i in sorted(here):
+            chunk, lease = self.ledger.chunk(i), self._leases[i, tier]
+            if i in self._fetches or self.busy_aliases(chunk, lease):
+                continue
+            data = lease.bytes().clone()
+            lease.release()
+            new = self._leases[i, tier] = pool.lease(data.numel(), lowest=True)
+            new.bytes().copy_(data)
+            self._marks.pop(i, None)
+            self.on_move(chunk, new)
+        self.lane.reuse_after(None)
+        return pool.largest >= nbytes
 
     def evictable(self, chunk: Chunk, tier: Tier) -> bool:
         """Whether the copy may go: not the home, not pinned, not under way, no live alias."""
@@ -361,6 +388,12 @@ class Manager:
         for other in self.ledger.wrote(chunk, tier):
             if other is not self._homes[chunk.id] and self.evictable(chunk, other):
                 self.evict(chunk, other)
+
+    def settle_chunk(self, chunk: Chunk) -> None:
+        """Waits for the chunk's fetch, if one is under way: its home is about to be written."""
+        fetch = self._fetches.get(chunk.id)
+        if fetch is not None:
+            self._end(fetch)
 
     def settle(self) -> None:
         """Waits for every fetch under way."""

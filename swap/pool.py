@@ -76,13 +76,16 @@ class Pool:
         self.peak = 0
         self.large = nbytes // 4
 
-    def lease(self, nbytes: int) -> Lease:
-        """Leases ``nbytes`` (rounded up to IO_BYTES). Raises CapacityError when no free run is that long."""
+    def lease(self, nbytes: int, lowest: bool = False) -> Lease:
+        """Leases ``nbytes`` (rounded up to IO_BYTES). Raises CapacityError when no free run is that long.
+
+        ``lowest``: at the smallest offset there is, for moving leases together.
+        """
         size = -(-nbytes // IO_BYTES) * IO_BYTES
         fits = [i for i, (_, length) in enumerate(self._free) if length >= size]
         if not fits or size == 0:
             raise CapacityError(self.name, nbytes, self.free, self.largest, 0)
-        index, offset = self._choose(fits, size)
+        index, offset = (fits[0], self._free[fits[0]][0]) if lowest else self._choose(fits, size)
         begin, length = self._free[index]
         rest = [(begin, offset - begin), (offset + size, begin + length - offset - size)]
         self._free[index : index + 1] = [r for r in rest if r[1]]

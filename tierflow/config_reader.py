@@ -73,8 +73,11 @@ def read_file(path: str | Path) -> Mapping[str, Any]:
     try:
         text = where.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        hint = "; to give JSON text, pass json.loads(text)" if str(path).lstrip().startswith("{") else ""
-        raise ConfigError(f"there is no configuration file {show(str(path))}{hint}") from None
+        if str(path).lstrip().startswith("{"):
+            text = f"{show(str(path))}; to give JSON text, pass json.loads(text)"
+        else:
+            text = f'"{path}"'  # whole, however long
+        raise ConfigError(f"there is no configuration file {text}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{where} is not JSON: byte {error.start} is not UTF-8 text") from None
     except (OSError, ValueError) as error:

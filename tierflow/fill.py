@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import torch
 
+from tierflow.cpu_adam import kernels
 from tierflow.scheduler.binding import raw
-from tierflow.scheduler.contents import store_parameter
+from tierflow.scheduler.contents import read_bytes, read_parameter, store_parameter
 from tierflow.scheduler.units import Slot, Unit
-from tierflow.swap import Manager
+from tierflow.swap import Chunk, Kind, Manager, Tier
 
 #: (slot, parameter) -> its values as a CPU tensor of any float dtype.
 Source = Callable[[Slot, torch.nn.Parameter], torch.Tensor]
@@ -26,15 +27,45 @@ def from_model(slot: Slot, param: torch.nn.Parameter) -> torch.Tensor:
 
 
 def fill(manager: Manager, units: list[Unit], source: Source) -> None:
-    """Writes every parameter, and the master's remainder, to its home, and frees the original's memory."""
+    """Writes every parameter, and the master's remainder, to its home, and frees the original's memory.
+
+    If that fails half way, parameters whose source is the model itself get their values back.
+    """
+    moved: list[tuple[Unit, Slot, torch.nn.Parameter, torch.dtype]] = []
     for unit in units:
         for slot, param in zip(unit.slots, unit.params, strict=True):
-            values = source(slot, param).contiguous().view(-1)
+            values, dtype = source(slot, param).contiguous().view(-1), param.dtype
             if tuple(values.shape) != (slot.numel,):
                 raise ValueError(f"{slot.names[0]!r}: {values.numel()} values given, {slot.numel} expected")
             with raw():  # the original is dropped before the next parameter is read
                 param.data = _nothing(slot, unit.dtype, param.device)
-            store_parameter(manager, unit, slot, values, lambda tier: ())
+            try:
+                store_parameter(manager, unit, slot, values, _no_victims)
+            except BaseException:
+                if source is from_model:
+                    with raw():
+                        param.data = values.view(slot.shape).to(param.device)
+                    _give_back(manager, moved)
+                raise
+            moved.append((unit, slot, param, dtype))
+
+
+def _give_back(manager: Manager, moved: list[tuple[Unit, Slot, torch.nn.Parameter, torch.dtype]]) -> None:
+    for unit, slot, param, dtype in moved:
+        values = read_parameter(manager, unit, slot, _no_victims)
+        master = unit.chunks.get(Kind.MASTER)
+        if dtype != unit.dtype and master is not None:  # it came as fp32: all 32 bits are there
+            begin, end = slot.offset * master.itemsize, (slot.offset + slot.numel) * master.itemsize
+            rest = read_bytes(manager, master, begin, end, _no_victims)
+            half, values = values.view(-1), rest.view(torch.float32) if master.itemsize == 4 else torch.empty(slot.numel)
+            if master.itemsize == 2:
+                kernels.join(half, rest.view(torch.int16), values)
+        with raw():
+            param.data = values.to(param.device, dtype).view(slot.shape)
+
+
+def _no_victims(_tier: Tier) -> tuple[Chunk, ...]:
+    return ()
 
 
 def _nothing(slot: Slot, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

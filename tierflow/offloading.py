@@ -14,7 +14,7 @@ from torch import nn
 
 from tierflow.config import Config, ConfigError, load_config
 from tierflow.fill import Source, fill, from_model
-from tierflow.optimizer import OffloadOptimizer, groups_of
+from tierflow.optimizer import DEFAULTS, OffloadOptimizer, check_group, groups_of
 from tierflow.scheduler.engine import Engine, build_manager
 from tierflow.scheduler.placement import DoesNotFit, MemoryPlan, Placement, kinds_of, make_plan, table_text
 from tierflow.scheduler.traffic import Pools, default_order, estimate
@@ -62,13 +62,14 @@ def offload(
     groups = _groups(model, cfg, optimizer, param_groups)
     if getattr(model, "_tierflow_engine", None) is not None:
         raise ValueError("this model is offloaded already: close its optimizer before offloading it again")
+    _check_groups(model, groups)
     device = pick_device(cfg)
-    _cast(model, cfg)
     trained = {id(p) for g in groups for p in g["params"] if p.requires_grad}
     units, plan, settings = make_run(model, cfg, device, trained, nvme_path)
     if cfg.tierflow.report:
         log.info(table_text(plan))
     engine = _build(model, units, plan, settings, source or from_model, debug_memory)
+    _cast(model, cfg)
     if any(g["params"] for g in groups):
         groups = [g | {"params": [p for p in g["params"] if p.requires_grad]} for g in groups]
     result = OffloadOptimizer(engine, groups, cfg.gradient_clipping or 0.0)
@@ -117,6 +118,17 @@ def _groups(
     return [block | {"params": [p for p in model.parameters() if p.requires_grad]}]
 
 
+def _check_groups(model: nn.Module, groups: list[dict[str, Any]]) -> None:
+    """Raises what the optimizer would, before the model is touched."""
+    made = torch.optim.Optimizer([dict(g) for g in groups], dict(DEFAULTS))
+    own = {id(p) for p in model.parameters()}
+    for group in made.param_groups:
+        check_group(group)
+        strange = sum(id(p) not in own for p in group["params"])
+        if strange:
+            raise ValueError(f"{strange} parameter(s) of a param group are not in the model: give the model's own")
+
+
 def optimizer_settings(cfg: Config) -> dict[str, Any]:
     """The config's ``optimizer`` block as the keys of a param group; empty without one."""
     if cfg.optimizer is None:
@@ -151,10 +163,12 @@ def make_run(
         limit = None if choice[0] is Tier.DEVICE else max(caps.device // 4, 1)
         units = _units(model, cfg, trained, limit)
         dtypes = {u.dtype for u in units if u.trainable}
-        placement = Placement(choice[0], choice[1], pick_format(cfg, dtypes), _grad_dtype(cfg))
+        placement = Placement(
+            choice[0], choice[1], pick_format(cfg, dtypes), _grad_dtype(cfg), device.type == "cpu"
+        )  # fmt: skip
         make_chunks(units, {u.index: kinds_of(u, placement) for u in units}, ShardGeometry())
         try:
-            plan = _plan(model, units, placement, caps, device, cfg.tierflow.piece_elements)
+            plan = _plan(model, units, placement, caps, device, cfg)
         except DoesNotFit as refused:
             error = refused
             continue
@@ -201,13 +215,15 @@ def _grad_dtype(cfg: Config) -> torch.dtype | None:
 
 
 def _plan(
-    model: nn.Module, units: list[Unit], placement: Placement, caps: Any, device: torch.device, piece: int | None
+    model: nn.Module, units: list[Unit], placement: Placement, caps: Any, device: torch.device, cfg: Config
 ) -> MemoryPlan:
     plan = make_plan(units, placement, caps, _together(model, units), (0, 0))
+    piece = cfg.tierflow.piece_elements
     if piece is not None:  # whole I/O blocks of every kind, and room for two pieces at once
         most = plan.piece_elements * plan.pieces_in_flight // 2 // IO_BYTES * IO_BYTES
         plan = replace(plan, piece_elements=min(-(-piece // IO_BYTES) * IO_BYTES, most))
-    read, written = estimate(units, placement, Pools.of(plan, device.type == "cpu"), default_order(model, units))
+    pools, order = Pools.of(plan, device.type == "cpu"), default_order(model, units)
+    read, written = estimate(units, placement, pools, order, cfg.tierflow.prefetch)
     return replace(plan, nvme_read=read, nvme_written=written)
 
 

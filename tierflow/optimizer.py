@@ -11,7 +11,8 @@ from tierflow.scheduler.engine import Engine
 from tierflow.scheduler.gradients import GradSlot
 from tierflow.scheduler.rules import Rule
 
-_DEFAULTS: dict[str, Any] = {
+#: What a param group that leaves a key out has: torch.optim.AdamW's own.
+DEFAULTS: dict[str, Any] = {
     "lr": 1e-3,
     "betas": (0.9, 0.999),
     "eps": 1e-8,
@@ -45,7 +46,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         self.gradient_clipping = gradient_clipping
         self.steps_taken = 0
         self.last_grad_norm: float | None = None
-        super().__init__(groups, dict(_DEFAULTS))
+        super().__init__(groups, dict(DEFAULTS))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters that the model had, trainable, when it was offloaded."""
@@ -167,7 +168,7 @@ def groups_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
             "param_groups= and restore states with tierflow.load_checkpoint"
         )
     decoupled = isinstance(optimizer, torch.optim.AdamW)
-    names = set(_DEFAULTS) | {"params", "amsgrad", "differentiable", "capturable", "initial_lr"}
+    names = set(DEFAULTS) | {"params", "amsgrad", "differentiable", "capturable", "initial_lr"}
     groups = []
     for group in optimizer.param_groups:
         kept = {k: v for k, v in group.items() if k in names}

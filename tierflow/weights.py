@@ -7,7 +7,7 @@ import os
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 import torch
 
@@ -112,8 +112,28 @@ def _header(path: Path) -> tuple[dict[str, dict], int]:
         entries = json.loads(raw)
     except ValueError as error:
         raise WeightsError(f"{path}: the safetensors header is damaged or cut off ({error})") from error
+    if not isinstance(entries, dict):
+        raise WeightsError(f"{path}: not a safetensors file (its header is no table of tensors)")
     entries.pop("__metadata__", None)
+    for name, entry in entries.items():
+        if not _describes(entry):
+            raise WeightsError(f"{path}: damaged: its header does not say where tensor {name!r} lies, or with what shape")
     return entries, 8 + size
+
+
+def _counts(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(isinstance(i, int) and i >= 0 for i in value)
+
+
+def _describes(entry: Any) -> bool:
+    """Whether a header's entry gives dtype, shape and a span of as many bytes."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
+        return False
+    dtype = DTYPES.get(entry["dtype"])
+    return dtype is None or offsets[1] - offsets[0] == torch.Size(shape).numel() * dtype.itemsize
 
 
 def _check_header(path: Path) -> Iterable[str]:

@@ -48,8 +48,8 @@ def measure(model: nn.Module, optimizer, loss_of, steps: int = 3) -> tuple[float
     traffic = engine.take_report().traffic
     if engine.manager.store.direct:
         for counted, was, now in zip((traffic.nvme_read, traffic.nvme_written), before, after, strict=True):
-            # the kernel also counts what others cause in this process (a page of code, a log line)
-            assert counted <= now - was <= counted * 1.02 + (1 << 18)
+            # besides, the kernel counts a page of code or a log line, and not the padding that was never written
+            assert abs(now - was - counted) <= 0.02 * counted + (1 << 17)
     return traffic.nvme_read / steps, traffic.nvme_written / steps
 
 
@@ -110,6 +110,7 @@ def test_everything_on_nvme_equals_the_plan(tmp_path: Path, dtype: torch.dtype, 
 @pytest.mark.parametrize("host_layers", [3, 6, 20])
 @pytest.mark.parametrize("device_layers", [2, 5])
 def test_what_the_caps_can_cache_is_in_the_plan_too(tmp_path: Path, device_layers: int, host_layers: int) -> None:
+    """Nearly: the plan does not know of holes between leases, for which a unit more may have to go."""
     layers = 14
     model = Stack(layers=layers, width=WIDTH)
     caps = tight_caps(layers, torch.float32, device_layers, host_layers)
@@ -117,7 +118,7 @@ def test_what_the_caps_can_cache_is_in_the_plan_too(tmp_path: Path, device_layer
     plan = optimizer.engine.plan
     read, written = measure(model, optimizer, stack_loss)
     assert written == plan.nvme_written
-    assert abs(read - plan.nvme_read) <= 0.02 * plan.nvme_read, (read, plan.nvme_read)
+    assert abs(read - plan.nvme_read) <= 0.05 * plan.nvme_read, (read, plan.nvme_read)
     optimizer.close()
 
 
@@ -132,9 +133,18 @@ def test_generous_caps_read_no_weight(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_transformer_under_tight_caps_equals_the_plan(tmp_path: Path, tied: bool) -> None:
+    caps: dict[str, int] = {}
+    for tier in (Tier.DEVICE, Tier.HOST):  # the least of each, one after the other: how units are cut depends on them
+        _, optimizer = tierflow.offload(
+            tiny.llama(layers=10, hidden=64, tied=tied), tiny.config("everything", tmp_path, **caps)
+        )
+        plan = optimizer.engine.plan
+        caps[f"{tier.value}_memory"] = plan.resident_bytes(tier) + plan.least[tier]
+        optimizer.close()
     model = tiny.llama(layers=10, hidden=64, tied=tied)
-    _, optimizer = tierflow.offload(model, tiny.config("everything", tmp_path, **tiny.tight(model)))
+    _, optimizer = tierflow.offload(model, tiny.config("everything", tmp_path, **caps))
     plan = optimizer.engine.plan
+    assert (plan.total(Tier.DEVICE), plan.total(Tier.HOST)) == tuple(caps.values())
 
     def loss_of(m: nn.Module, i: int) -> torch.Tensor:
         ids = torch.randint(0, 160, (2, 12), generator=torch.Generator().manual_seed(i))

@@ -55,9 +55,7 @@ def _by_prefixes(messages: Sequence[Message], tokenizer: Any, where: str) -> Enc
         raise DataError(f"{where}: a slow tokenizer cannot say where a token begins; {_REMEDY}")
 
     def render(count: int, prompt: bool = False) -> str:
-        text: str = tokenizer.apply_chat_template(
-            list(messages[:count]), tokenize=False, add_generation_prompt=prompt
-        )
+        text: str = tokenizer.apply_chat_template(list(messages[:count]), tokenize=False, add_generation_prompt=prompt)
         return text
 
     full = render(len(messages))

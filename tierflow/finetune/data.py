@@ -87,9 +87,7 @@ def pack(documents: list[Tokens], length: int) -> Sequences:
             f"the data has {total} tokens, too few for one sequence of {length}; give more text or a "
             f"sequence length of {total} or less"
         )
-    joined = [
-        np.concatenate(side) for side in zip(*((one.ids, one.labels) for one in documents), strict=True)
-    ]
+    joined = [np.concatenate(side) for side in zip(*((one.ids, one.labels) for one in documents), strict=True)]
     ids, labels = (side[: rows * length].reshape(rows, length) for side in joined)
     # A row's first token is never predicted. A row with no label has no mean: its loss would be NaN.
     useful = (labels[:, 1:] != IGNORED).any(axis=1)

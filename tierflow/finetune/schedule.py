@@ -32,9 +32,7 @@ class Schedule:
         if self.warmup < 0:
             raise ValueError(f"warm-up steps cannot be negative ({self.warmup})")
         if self.warmup >= self.total and self.kind != "constant":
-            raise ValueError(
-                f"{self.warmup} warm-up steps leave none of {self.total} for the {self.kind} part"
-            )
+            raise ValueError(f"{self.warmup} warm-up steps leave none of {self.total} for the {self.kind} part")
         if not 0.0 <= self.floor <= 1.0:
             raise ValueError(f"the floor is a share of the learning rate, between 0 and 1, not {self.floor}")
 
