@@ -1,0 +1,198 @@
+"""The update pipeline alone: however it cuts, stages and overlaps, the result is that of an update done at once."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from tierflow.cpu_adam import kernels
+from tierflow.scheduler.contents import read_bytes, write_bytes
+from tierflow.scheduler.engine import build_manager
+from tierflow.scheduler.gradients import GradSlot
+from tierflow.scheduler.placement import Caps, Placement, kinds_of, make_plan
+from tierflow.scheduler.rules import Rule
+from tierflow.scheduler.units import ShardGeometry, Unit, make_chunks, partition
+from tierflow.scheduler.update import Job, UpdatePipeline
+from tierflow.swap import CopyState, DebugMemory, Kind, Manager, Tier
+
+TIERS = [(p, o) for o in Tier for p in Tier if list(Tier).index(p) <= list(Tier).index(o)]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> dict:
+    return {
+        "sizes": draw(st.lists(st.lists(st.integers(1, 20_000), min_size=1, max_size=3), min_size=1, max_size=5)),
+        "dtype": draw(st.sampled_from([torch.float32, torch.bfloat16])),
+        "tiers": draw(st.sampled_from(TIERS)),
+        "piece": draw(st.sampled_from([4096, 8192, 20480, 1 << 20])),
+        "depth": draw(st.integers(1, 6)),
+        "room": draw(st.sampled_from([1, 2, 3, 20])),  # host memory for staging and caching, in largest pieces
+        "cached": draw(st.lists(st.sampled_from(["none", "both", "host", "device"]), min_size=5, max_size=5)),
+        "without": draw(st.sets(st.integers(0, 14), max_size=6)),  # parameters that have no gradient
+        "seed": draw(st.integers(0, 1 << 20)),
+        "on_device": draw(st.booleans()),
+    }
+
+
+class Blocks(nn.Module):
+    def __init__(self, sizes: list[list[int]], dtype: torch.dtype):
+        super().__init__()
+        self.blocks = nn.ModuleList()
+        for block in sizes:
+            made = nn.Module()
+            for i, n in enumerate(block):
+                made.register_parameter(f"p{i}", nn.Parameter(torch.zeros(n, dtype=dtype)))
+            self.blocks.append(made)
+
+
+def fill_with_noise(manager: Manager, units: list[Unit], generator: torch.Generator) -> None:
+    """Weights, remainders and moments as a run would have them."""
+    for unit in units:
+        for kind, chunk in unit.chunks.items():
+            if kind is Kind.GRAD:
+                continue
+            values = torch.randn(chunk.numel, generator=generator)
+            if kind is Kind.EXP_AVG_SQ:
+                values = values.square()
+            if kind is Kind.MASTER:
+                data = torch.randint(-(1 << 14), 1 << 14, (chunk.numel,), generator=generator).to(torch.int16)
+            else:
+                data = values.to(unit.dtype) if kind is Kind.PARAM else values
+            write_bytes(manager, chunk, 0, data.view(torch.uint8), no_victims)
+
+
+def no_victims(_tier: Tier):
+    return ()
+
+
+def typed(unit: Unit, kind: Kind, data: torch.Tensor) -> torch.Tensor:
+    kinds = {Kind.PARAM: unit.dtype, Kind.MASTER: torch.int16}
+    return data.view(kinds.get(kind, torch.float32))
+
+
+def homes(manager: Manager, units: list[Unit]) -> dict[tuple[int, Kind], torch.Tensor]:
+    return {
+        (u.index, k): typed(u, k, read_bytes(manager, c, 0, c.nbytes, no_victims))
+        for u in units for k, c in u.chunks.items() if k is not Kind.GRAD
+    }  # fmt: skip
+
+
+def at_once(units: list[Unit], jobs: list[Job], held: dict[tuple[int, Kind], torch.Tensor]) -> None:
+    """The same update, parameter by parameter, on copies."""
+    for job in jobs:
+        unit = job.unit
+        for slot, entry in zip(unit.slots, job.slots, strict=True):
+            if entry is None:
+                continue
+            grad, rule = entry
+            part = {k: held[unit.index, k][slot.offset : slot.offset + slot.numel] for k in unit.chunks if k is not Kind.GRAD}
+            kernels.adam_step(
+                part[Kind.PARAM], grad.memory.view(-1).clone(), part[Kind.EXP_AVG], part[Kind.EXP_AVG_SQ],
+                master=part.get(Kind.MASTER), step=rule.step, lr=rule.lr, beta1=rule.beta1, beta2=rule.beta2, eps=rule.eps,
+                weight_decay=rule.weight_decay, decoupled=rule.decoupled, maximize=rule.maximize, unscale=rule.unscale,
+                clip=rule.clip,
+            )  # fmt: skip
+
+
+def cache(manager: Manager, unit: Unit, how: str) -> None:
+    """Brings copies of a unit up, as a forward would have left them."""
+    if how == "none" or manager.home(unit.chunk) is not Tier.NVME:
+        return
+    manager.fetch(unit.chunk, no_victims)
+    manager.settle()
+    for tier, other in ((Tier.HOST, "device"), (Tier.DEVICE, "host")):
+        if how == other:
+            manager.evict(unit.chunk, tier)
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@given(case=cases())
+def test_the_pipeline_equals_an_update_done_at_once(tmp_path_factory: pytest.TempPathFactory, case: dict) -> None:
+    run_case(tmp_path_factory.getbasetemp(), case)
+
+
+def run_case(path: Path, case: dict) -> int:
+    """Returns the bytes read, for tests that want to know that something was."""
+    generator = torch.Generator().manual_seed(case["seed"])
+    model = Blocks(case["sizes"], case["dtype"])
+    units = partition(model)
+    state_format = "lossless" if case["dtype"] == torch.bfloat16 else "fp32"
+    placement = Placement(*case["tiers"], state_format)
+    make_chunks(units, {u.index: kinds_of(u, placement) for u in units}, ShardGeometry())
+    biggest = min(case["piece"], max(u.chunk.numel for u in units)) * 12
+    weights = max(sum(u.chunk.nbytes for u in units), 1 << 20)
+    plan = make_plan(units, placement, Caps(1 << 30, 1 << 30, 1 << 30), [[u] for u in units], (0, 0))
+    plan.working[Tier.HOST] = biggest * case["room"] + (weights if any(c != "none" for c in case["cached"]) else 0)
+    plan.working[Tier.DEVICE] = weights
+    manager = build_manager(plan, torch.device("cpu"), str(path), {}, DebugMemory(random.Random(case["seed"])))
+    try:
+        for unit in units:
+            for kind, chunk in unit.chunks.items():
+                manager.create(chunk, placement.home(kind))
+        fill_with_noise(manager, units, generator)
+        expected = homes(manager, units)
+        jobs, index = [], 0
+        for unit in units:
+            entries: list[tuple[GradSlot, Rule] | None] = []
+            for slot, p in zip(unit.slots, unit.params, strict=True):
+                grad = GradSlot(slot.names[0], p, torch.randn(slot.numel, generator=generator).to(unit.dtype), manager.lane)
+                rule = Rule(index + 1, 1e-2 / (index + 1), 0.9, 0.99, 1e-8, 0.1, index % 2 == 0, index % 3 == 0, 1.0, 0.7)
+                entries.append(None if index in case["without"] else (grad, rule))
+                index += 1
+            if any(entries):
+                jobs.append(Job(unit, entries))
+        at_once(units, jobs, expected)
+        for unit, how in zip(units, case["cached"], strict=False):
+            cache(manager, unit, how)
+        manager.traffic.nvme_read = 0
+        everything = [u.chunk for u in units]
+        on_device = case["on_device"] or placement.optimizer is Tier.DEVICE
+        pipeline = UpdatePipeline(manager, case["piece"], case["depth"], on_device)
+        pipeline.run(jobs, lambda tier: [c for c in everything if manager.ledger.state(c, tier) is not CopyState.ABSENT])
+        read = manager.traffic.nvme_read
+        check(manager, units, expected)
+        return read
+    finally:
+        manager.close()
+        for tier in (Tier.DEVICE, Tier.HOST):
+            manager.pools[tier].resident.arena.close()
+
+
+def check(manager: Manager, units: list[Unit], expected: dict[tuple[int, Kind], torch.Tensor]) -> None:
+    manager.ledger.check()
+    assert not any(manager.ledger._scratch.values())
+    found = homes(manager, units)
+    for unit in units:
+        for kind, chunk in unit.chunks.items():
+            assert not any(manager.ledger.pins(chunk, t) for t in Tier)
+            if kind is Kind.GRAD:
+                continue
+            want = expected[unit.index, kind].view(torch.uint8)
+            for slot in unit.slots:  # padding is nobody's
+                begin, end = slot.offset * chunk.itemsize, (slot.offset + slot.numel) * chunk.itemsize
+                assert torch.equal(found[unit.index, kind].view(torch.uint8)[begin:end], want[begin:end]), (unit.index, kind)
+                for tier in (Tier.DEVICE, Tier.HOST):
+                    if manager.ledger.valid(chunk, tier):  # every copy that calls itself valid is
+                        held = manager.memory(chunk, tier).bytes()[begin:end]
+                        assert torch.equal(held, want[begin:end]), (unit.index, kind, tier)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 6])
+@pytest.mark.parametrize("on_device", [True, False])
+def test_what_is_staged_is_read_once(tmp_path: Path, depth: int, on_device: bool) -> None:
+    case = {
+        "sizes": [[20_000, 5], [9_000]], "dtype": torch.float32, "tiers": (Tier.NVME, Tier.NVME), "piece": 8192,
+        "depth": depth, "room": 6, "cached": ["none"] * 5, "without": set(), "seed": 1, "on_device": on_device,
+    }  # fmt: skip
+    padded = [20480, 10240]
+    assert run_case(tmp_path, case) == 12 * sum(padded)
+    # a copy in memory spares its unit the reading, where the kernel may use it
+    assert run_case(tmp_path, case | {"cached": ["host", *["none"] * 4]}) == 12 * sum(padded) - 4 * padded[0]
+    spared = 4 * padded[0] if on_device else 0
+    assert run_case(tmp_path, case | {"cached": ["device", *["none"] * 4]}) == 12 * sum(padded) - spared
