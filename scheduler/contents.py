@@ -6,7 +6,7 @@ import torch
 
 from tierflow.cpu_adam import kernels
 from tierflow.scheduler.units import Slot, Unit
-from tierflow.swap import IO_BYTES, Chunk, Event, Kind, Manager, Tier
+from tierflow.swap import IO_BYTES, CapacityError, Chunk, Event, Kind, Manager, Tier
 from tierflow.swap.lanes import finish
 from tierflow.swap.manager import Victims
 
@@ -49,7 +49,14 @@ def _spans(manager: Manager, chunk: Chunk, begin: int, end: int, victims: Victim
         return
     first = begin // IO_BYTES * IO_BYTES
     size = min(SPAN_BYTES, -(-(end - first) // IO_BYTES) * IO_BYTES)
-    lease = manager.scratch(Tier.HOST, size, victims)
+    lease = None
+    while lease is None:
+        try:
+            lease = manager.scratch(Tier.HOST, size, victims)
+        except CapacityError:
+            if size <= IO_BYTES:
+                raise
+            size = size // 2 // IO_BYTES * IO_BYTES  # under the least memory the update's staging is all there is
     try:
         for low in range(first, end, size):
             high = min(low + size, chunk.nbytes, -(-end // IO_BYTES) * IO_BYTES)

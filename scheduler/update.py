@@ -120,9 +120,13 @@ class UpdatePipeline:
             piece.scratch = self.manager.scratch(Tier.HOST, need, victims) if need else None
         except CapacityError:
             self._release(piece)
-            if must:
+            if not must:
+                return False
+            if self.manager.home(unit.chunk) is Tier.HOST or not self.manager.evictable(unit.chunk, Tier.HOST):
                 raise
-            return False
+            # nothing is in flight, so the home has what this copy has: its room serves the staging
+            self.manager.evict(unit.chunk, Tier.HOST)
+            return self._begin(piece, victims, must)
         try:
             self._fill(piece)
         except BaseException:

@@ -99,7 +99,7 @@ def test_arena_pools_and_ledger_equal_the_plan(tmp_path: Path, placement: str, d
         model(input_ids=torch.zeros(1, 4, dtype=torch.long))
     watch.look()
     if plan.placement.param is not Tier.DEVICE:
-        assert watch.moments > 50
+        assert watch.moments > 20
         assert watch.most[Tier.DEVICE] > plan.resident_bytes(Tier.DEVICE)
     optimizer.close()
     for tier in Tier:

@@ -23,6 +23,8 @@ from tierflow.swap import CopyState, DebugMemory, Kind, Manager, Tier
 
 TIERS = [(p, o) for o in Tier for p in Tier if list(Tier).index(p) <= list(Tier).index(o)]
 
+SPAN = 16384  #: what the helpers move at a time: the pool for it may be that small
+
 
 @st.composite
 def cases(draw: st.DrawFn) -> dict:
@@ -64,7 +66,8 @@ def fill_with_noise(manager: Manager, units: list[Unit], generator: torch.Genera
                 data = torch.randint(-(1 << 14), 1 << 14, (chunk.numel,), generator=generator).to(torch.int16)
             else:
                 data = values.to(unit.dtype) if kind is Kind.PARAM else values
-            write_bytes(manager, chunk, 0, data.view(torch.uint8), no_victims)
+            for at in range(0, chunk.nbytes, SPAN):
+                write_bytes(manager, chunk, at, data.view(torch.uint8)[at : at + SPAN], no_victims)
 
 
 def no_victims(_tier: Tier):
@@ -77,10 +80,14 @@ def typed(unit: Unit, kind: Kind, data: torch.Tensor) -> torch.Tensor:
 
 
 def homes(manager: Manager, units: list[Unit]) -> dict[tuple[int, Kind], torch.Tensor]:
-    return {
-        (u.index, k): typed(u, k, read_bytes(manager, c, 0, c.nbytes, no_victims))
-        for u in units for k, c in u.chunks.items() if k is not Kind.GRAD
-    }  # fmt: skip
+    found = {}
+    for unit in units:
+        for kind, chunk in unit.chunks.items():
+            if kind is not Kind.GRAD:
+                spans = [(at, min(at + SPAN, chunk.nbytes)) for at in range(0, chunk.nbytes, SPAN)]
+                data = torch.cat([read_bytes(manager, chunk, *span, no_victims) for span in spans])
+                found[unit.index, kind] = typed(unit, kind, data)
+    return found
 
 
 def at_once(units: list[Unit], jobs: list[Job], held: dict[tuple[int, Kind], torch.Tensor]) -> None:
