@@ -67,7 +67,9 @@ def adam_step_fp32(
     else:
         exp_avg.copy_(fma(share - 1, g - exp_avg, g))
     exp_avg_sq.copy_(fma((1 - beta2) * g, g, exp_avg_sq * beta2))
-    denom = sqrt(exp_avg_sq) / ((1 - beta2**step) ** 0.5) + eps
+    # as a tensor: CUDA multiplies by the reciprocal of a Python scalar, which rounds twice
+    root = torch.full((1,), (1 - beta2**step) ** 0.5, dtype=torch.float32, device=exp_avg_sq.device)
+    denom = sqrt(exp_avg_sq) / root + eps
     step_size = -(lr / (1 - beta1**step))
     weight.add_((step_size * exp_avg) / denom)
 

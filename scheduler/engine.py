@@ -135,8 +135,12 @@ class Engine:
             if not self.binder.bound(unit):
                 self.binder.bind(unit, lease)
             self.binder.open(unit)
-            if foreseen:
+        if foreseen and self._pins[unit.index] == 1:
+            try:
                 self.prefetch()
+            except BaseException:  # another unit's read failed; the caller does not hold this one then
+                self.release(unit)
+                raise
 
     def release(self, unit: Unit) -> None:
         """Undoes one ``acquire``; the copy stays cached and its parameters guard themselves again."""

@@ -122,7 +122,8 @@ def show(run: Run, console: Console) -> None:
     )
     store = engine.manager.store
     if store is not None:
-        console.print(f"NVMe: {store.path} through {store.engine}, {'O_DIRECT' if store.direct else 'buffered'}")
+        how = "O_DIRECT" if store.direct else "buffered"
+        console.print(f"NVMe: {store.path} through {store.engine}, {how}", highlight=False, soft_wrap=True)
     console.print(
         f"data: {len(batches.sequences):,} sequences of {batches.sequences.length} tokens; "
         f"{run.trainer.total} steps of {batches.tokens_per_step:,} tokens",
@@ -136,7 +137,7 @@ def _train(run: Run, console: Console) -> None:
     first = 0
     if options.resume:
         first = trainer.resume()
-        console.print(f"resumed from {options.checkpoint} at step {first + 1}")
+        console.print(f"resumed from {options.checkpoint} at step {first + 1}", highlight=False, soft_wrap=True)
     text = _say(run, console, "before") if first == 0 else ""
     if first == 0:
         _evaluate(run, console, 0)
@@ -154,7 +155,7 @@ def _train(run: Run, console: Console) -> None:
         trainer.run(first, after)
     except LossNotFinite:
         save_weights(trainer.model, options.output, run.tokenizer)
-        console.print(f"the weights from before that step are in {options.output}")
+        console.print(f"the weights from before that step are in {options.output}", highlight=False, soft_wrap=True)
         raise
     _evaluate(run, console, trainer.total)
     after_text = _say(run, console, "after")
@@ -217,7 +218,7 @@ def _finish(run: Run, console: Console, samples: dict[str, str]) -> None:
     )
     picture = plot(run.trainer.history, run.trainer.meter, plan, options.output)
     write_metrics(run.trainer.history, plan, peak, samples, options.output)
-    console.print(f"model, metrics.json and {picture.name} are in {options.output}")
+    console.print(f"model, metrics.json and {picture.name} are in {options.output}", highlight=False, soft_wrap=True)
 
 
 def _quiet_transformers() -> None:
