@@ -490,3 +490,19 @@ def test_weights_written_in_place_become_the_master(tmp_path, state) -> None:
         assert all((w.float() - 0.25).abs().max() < 0.05 for w in results[-1].values())
         o.close()
     assert tiny.same(*results)
+
+
+def test_a_failed_prefetch_leaves_no_pin(tmp_path, monkeypatch) -> None:
+    _, _, model, b = pair(tmp_path)
+    ledger, calls = b.engine.manager.ledger, []
+
+    def fails() -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise OSError("the read of another unit")
+
+    monkeypatch.setattr(b.engine, "prefetch", fails)
+    with pytest.raises(OSError, match="another unit"):
+        loss_of(model)
+    assert not any(ledger.pins(u.chunk, t) for u in b.engine.units for t in tierflow.swap.Tier)
+    b.close()
