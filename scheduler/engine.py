@@ -202,7 +202,7 @@ class Engine:
                 f"state_dict() has no room on the host for {param._tierflow_name!r}: use "
                 "tierflow.save_weights(model, folder), which streams"
             )
-        return read_parameter(self.manager, unit, slot, self.victims()).to(self.device)
+        return read_parameter(self.manager, unit, slot, self.victims())
 
     def _write(self, param: Any, values: torch.Tensor) -> Any:
         unit, slot = self._where[id(param)]

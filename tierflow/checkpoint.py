@@ -80,6 +80,8 @@ def save_checkpoint(
             "client_state": client_state or {},
         }
         (partial / "tierflow.json").write_text(json.dumps(manifest, indent=1))
+        for path in (*partial.iterdir(), partial):
+            _sync(path)
         _replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -92,6 +94,8 @@ def load_checkpoint(model: nn.Module, optimizer: OffloadOptimizer, folder: str |
     """
     engine = engine_of(model)
     source = Path(folder)
+    if not source.exists() and _old(source).exists():  # a save was cut off between its two renames
+        source = _old(source)
     manifest = _manifest(source)
     if manifest["state_format"] != engine.plan.placement.state_format:
         raise WeightsError(
@@ -189,9 +193,9 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 def _replace(partial: Path, target: Path) -> None:
     """Puts the new folder in place of the old; between the two renames the old one is at ``.old``."""
-    old = target.with_name(target.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
+    old = _old(target)
+    if target.exists():  # else an earlier save was cut off here, and the old one is all there is
+        shutil.rmtree(old, ignore_errors=True)
         os.replace(target, old)
     try:
         os.replace(partial, target)
@@ -199,7 +203,21 @@ def _replace(partial: Path, target: Path) -> None:
         if old.exists():
             os.replace(old, target)
         raise
+    _sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _old(target: Path) -> Path:
+    return target.with_name(target.name + ".old")
+
+
+def _sync(path: Path) -> None:
+    """Makes a file, or a folder's list of names, survive a power cut."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _rng() -> dict[str, Any]:

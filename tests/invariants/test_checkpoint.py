@@ -211,3 +211,17 @@ def test_saved_weights_load_with_from_pretrained(tmp_path: Path, tied: bool, dty
     with torch.no_grad():
         assert torch.equal(plain(input_ids=ids).logits, loaded(input_ids=ids).logits)
     optimizer.close()
+
+
+def test_a_save_cut_off_between_its_renames_loses_nothing(tmp_path: Path) -> None:
+    model = tiny.llama(layers=1, hidden=32)
+    _, optimizer = tierflow.offload(model, tiny.config("nvme", tmp_path))
+    tiny.train(model, optimizer, 1)
+    folder = tmp_path / "checkpoint"
+    tierflow.save_checkpoint(model, optimizer, folder, {"step": 1})
+    folder.rename(tmp_path / "checkpoint.old")
+    assert tierflow.load_checkpoint(model, optimizer, folder) == {"step": 1}
+    tierflow.save_checkpoint(model, optimizer, folder, {"step": 2})
+    assert tierflow.load_checkpoint(model, optimizer, folder) == {"step": 2}
+    assert not (tmp_path / "checkpoint.old").exists()
+    optimizer.close()
