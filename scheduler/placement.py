@@ -203,22 +203,28 @@ def _explain(plan: MemoryPlan, short: dict[Tier, int], over: dict[Tier, int]) ->
     lines = ["the training state does not fit:", table_text(plan)]
     names = {Tier.DEVICE: "device_memory", Tier.HOST: "host_memory", Tier.NVME: "nvme_capacity"}
     for tier, need in short.items():
-        lines.append(
-            f"tierflow.{names[tier]} is {plan.caps.of(tier):,} bytes; at least {need:,} are needed: "
-            f'set "{names[tier]}": "{-(-need // 10**6)}MB" or more'
-            + (_slower(tier) if tier is not Tier.NVME else "")
-        )
+        if tier not in over:
+            lines.append(
+                f"tierflow.{names[tier]} is {plan.caps.of(tier):,} bytes; at least {need:,} are needed: "
+                f'set "{names[tier]}": "{-(-need // 10**6)}MB" or more{_slower(plan, tier)}'
+            )
     for tier, need in over.items():
+        lower = f" or lower tierflow.{names[tier]}" if tier not in short else ""
         lines.append(
             f"the machine has {plan.caps.machine[tier]:,} bytes of {tier.value} free and the plan takes {need:,}: "
-            f"free some, or lower tierflow.{names[tier]}" + (_slower(tier) if tier is not Tier.NVME else "")
+            f"free some{lower}{_slower(plan, tier)}"
         )
     return "\n".join(lines)
 
 
-def _slower(tier: Tier) -> str:
+def _slower(plan: MemoryPlan, tier: Tier) -> str:
+    """The remedy of moving what lives in the tier for good, where something does that can move."""
+    movable = {Kind.PARAM: "offload_param", Kind.EXP_AVG: "offload_optimizer"}
+    blocks = [block for kind, block in movable.items() if plan.resident.get((tier, kind))]
+    if tier is Tier.NVME or not blocks:
+        return ""
     target = '"cpu" or "nvme"' if tier is Tier.DEVICE else '"nvme"'
-    return f", or move a kind away with zero_optimization.offload_optimizer / offload_param device {target}"
+    return f", or set the device of zero_optimization.{' and '.join(blocks)} to {target}"
 
 
 def rows(plan: MemoryPlan) -> list[tuple[str, str, int]]:
@@ -241,7 +247,7 @@ def table_text(plan: MemoryPlan) -> str:
         have = plan.caps.machine.get(tier)
         free = "" if have is None else f", free on this machine {have:,}"
         lines.append(f"{tier.name:8}{'total':36}{plan.total(tier):>18,}  cap {plan.caps.of(tier):,}{free}")
-    lines.append(f"NVMe per step: {plan.nvme_read:,} bytes read, {plan.nvme_written:,} bytes written")
     if plan.nvme_written:
+        lines.append(f"NVMe per step: {plan.nvme_read:,} bytes read, {plan.nvme_written:,} bytes written")
         lines.append(f"{plan.steps_to_tbw:,.0f} steps to 600 TBW")
     return "\n".join(lines)
