@@ -22,11 +22,11 @@ from tierflow.scheduler.units import ShardGeometry, Unit, make_chunks, module_un
 from tierflow.settings import (
     Settings,
     make_caps,
+    missing_nvme_path,
     nvme_directory,
     pick_device,
     pick_format,
     pick_tiers,
-    require_nvme_path,
 )
 from tierflow.swap import IO_BYTES, DebugMemory, Tier
 
@@ -70,8 +70,7 @@ def offload(
         log.info(table_text(plan))
     engine = _build(model, units, plan, settings, source or from_model, debug_memory)
     _cast(model, cfg)
-    if any(g["params"] for g in groups):
-        groups = [g | {"params": [p for p in g["params"] if p.requires_grad]} for g in groups]
+    groups = [g | {"params": [p for p in g["params"] if p.requires_grad]} for g in groups]
     result = OffloadOptimizer(engine, groups, cfg.gradient_clipping or 0.0)
     model._tierflow_engine = engine  # type: ignore[assignment]
     return model, result
@@ -156,10 +155,8 @@ def make_run(
     caps = make_caps(cfg, device, path)
     error: DoesNotFit | None = None
     for choice in _candidates(param, optim):
-        if Tier.NVME in choice:
-            require_nvme_path(path) if (param, optim) == choice or path else None
-            if path is None:
-                continue
+        if Tier.NVME in choice and path is None:
+            continue
         limit = None if choice[0] is Tier.DEVICE else max(caps.device // 4, 1)
         units = _units(model, cfg, trained, limit)
         dtypes = {u.dtype for u in units if u.trainable}
@@ -172,14 +169,9 @@ def make_run(
         except DoesNotFit as refused:
             error = refused
             continue
-        settings = Settings(
-            device, placement, caps, path, cfg.aio_options(), cfg.gradient_clipping or 0.0,
-            cfg.tierflow.prefetch, cfg.tierflow.piece_elements,
-        )  # fmt: skip
-        return units, plan, settings
-    if error is None:
-        require_nvme_path(path)
-    assert error is not None
+        return units, plan, Settings(device, path, cfg.aio_options(), cfg.tierflow.prefetch)
+    if error is None:  # only placements on NVMe were asked for
+        raise missing_nvme_path()
     raise error
 
 

@@ -12,7 +12,7 @@ from tierflow.config import Config, ConfigError
 if TYPE_CHECKING:
     import torch
 
-    from tierflow.scheduler.placement import Caps, Placement
+    from tierflow.scheduler.placement import Caps
 
 #: Of what is free now, the share that "auto" takes; the rest is for activations, autograd and everything else.
 AUTO_SHARE = 0.6
@@ -22,16 +22,12 @@ DISK_SHARE = 0.9
 
 @dataclass(frozen=True)
 class Settings:
-    """One run's choices: placement, caps and where NVMe is."""
+    """What building an engine needs beside the plan: the device, where NVMe is, and how to read and write there."""
 
     device: torch.device
-    placement: Placement
-    caps: Caps
     nvme_path: str | None
     aio: dict[str, Any]
-    gradient_clipping: float
     prefetch: bool
-    piece_elements: int | None
 
 
 def pick_device(config: Config) -> torch.device:
@@ -91,14 +87,12 @@ def nvme_directory(config: Config, default: str | None) -> str | None:
     return path
 
 
-def require_nvme_path(path: str | None) -> str:
-    """Raises ConfigError when a kind is to live on NVMe and no path is known."""
-    if path is None:
-        raise ConfigError(
-            'a kind is placed on "nvme" and no path is given: set zero_optimization.offload_optimizer.nvme_path (and '
-            "offload_param.nvme_path) to a folder on the drive"
-        )
-    return path
+def missing_nvme_path() -> ConfigError:
+    """The error for a kind on NVMe without a folder to put it."""
+    return ConfigError(
+        'a kind is placed on "nvme" and no path is given: set zero_optimization.offload_optimizer.nvme_path (and '
+        "offload_param.nvme_path) to a folder on the drive"
+    )
 
 
 def pick_tiers(config: Config) -> tuple[Any, Any]:
