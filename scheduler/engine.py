@@ -22,7 +22,7 @@ from tierflow.scheduler.hooks import ModelHooks, in_backward
 from tierflow.scheduler.placement import MemoryPlan
 from tierflow.scheduler.rules import Rule
 from tierflow.scheduler.trace import Recorder
-from tierflow.scheduler.traffic import PREFETCH, Pools, default_order, estimate
+from tierflow.scheduler.traffic import PREFETCH, default_order
 from tierflow.scheduler.units import Slot, Unit
 from tierflow.scheduler.update import Job, UpdatePipeline
 from tierflow.swap import CapacityError, Chunk, CopyState, Kind, Lease, Ledger, Manager, Tier, Traffic
@@ -282,11 +282,6 @@ class Engine:
         for unit, slot, p in self._split_on_device():
             if p._version != self._versions[id(p)]:
                 follow_user(self.manager, unit, slot, p.detach().cpu(), self.victims())
-
-    def expected_traffic(self) -> tuple[int, int]:
-        """(read, written) NVMe bytes of a steady step in the order of use learned so far."""
-        pools = Pools.of(self.plan, self.device.type == "cpu")
-        return estimate(self.units, self.plan.placement, pools, self.recorder.trace.order, self._prefetching)
 
     def take_report(self) -> StepReport:
         """The report since the last call, and a fresh one."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
 
 app = typer.Typer(
     help="Train models whose state does not fit the accelerator.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -20,13 +21,32 @@ def main() -> None:
     """Train models whose state does not fit the accelerator."""
 
 
-@app.command()
+class _Lists(TyperCommand):
+    """Lets ``--data`` and ``--eval-data`` take several values at once, as a shell's ``*.txt`` gives them."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Writes the option again before each further value."""
+        spread: list[str] = []
+        option = None
+        for word in args:
+            if word.startswith("-"):
+                option = word if word in ("--data", "--eval-data") else None
+                first = True
+            elif option is not None:
+                if not first:
+                    spread.append(option)
+                first = False
+            spread.append(word)
+        return super().parse_args(ctx, spread)
+
+
+@app.command(cls=_Lists)
 def finetune(
     model: Annotated[Path, typer.Option(help="Folder of a Hugging Face causal language model with safetensors.")],
-    data: Annotated[Paths, typer.Option(help=".txt or .jsonl with `text` or `messages`; repeat for several.")],
+    data: Annotated[Paths, typer.Option(help=".txt or .jsonl with `text` or `messages`; several may follow.")],
     output: Annotated[Path, typer.Option(help="Folder for the model, checkpoint, plot and metrics.")],
     config: Annotated[Path | None, typer.Option(help="Offload config (JSON); without one everything is auto.")] = None,
-    eval_data: Annotated[Paths | None, typer.Option(help="Held-out files; repeat for several.")] = None,
+    eval_data: Annotated[Paths | None, typer.Option(help="Held-out files; several may follow.")] = None,
     sequence_length: Annotated[int, typer.Option(min=2, help="Tokens of a training sequence.")] = 256,
     micro_batch: Annotated[int | None, typer.Option(min=1, help="Sequences per forward.")] = None,
     accumulation: Annotated[int | None, typer.Option(min=1, help="Micro-batches per optimizer step.")] = None,

@@ -67,7 +67,7 @@ def test_everything_on_nvme_from_the_command_line(folder: Path, tmp_path: Path) 
     out = tmp_path / "out"
     done = run(
         folder, out, "--config", config(tmp_path / "c.json"), "--steps", "12", "--micro-batch", "2",
-        "--eval-data", str(folder / "held.txt"), "--eval-tokens", "64",
+        "--eval-data", str(folder / "held.txt"), str(folder / "train.txt"), "--eval-tokens", "64",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     for piece in ("resolved config", "exp_avg_sq", "600 TBW", "step   12/12", "tok/s", "sample after", "perplexity"):
@@ -75,6 +75,7 @@ def test_everything_on_nvme_from_the_command_line(folder: Path, tmp_path: Path) 
     metrics = json.loads((out / "metrics.json").read_text())
     assert len(metrics["steps"]) == 12
     before, after = (e[1][0][2] for e in metrics["evaluations"])
+    assert [len(e[1]) for e in metrics["evaluations"]] == [2, 2]
     assert after < before
     assert all(s["nvme_written"] == metrics["nvme_per_step"]["written"] for s in metrics["steps"])
     assert (out / "run.png").read_bytes().startswith(b"\x89PNG")
