@@ -203,15 +203,6 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def device_memory_free(index: int = 0) -> int | None:
-    """Free bytes of a CUDA device, or None without it. Imports torch."""
-    import torch
-
-    if not torch.cuda.is_available() or not 0 <= index < torch.cuda.device_count():
-        return None
-    return int(torch.cuda.mem_get_info(index)[0])
-
-
 def _read(path: Path) -> str:
     try:
         return path.read_text(errors="replace")

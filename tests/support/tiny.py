@@ -89,11 +89,7 @@ def tight(model: nn.Module, slack: float = 1.0) -> dict[str, str]:
     return {"device_memory": str(device), "host_memory": str(grads + 3 * max(size.values()) + (1 << 20))}
 
 
-def reference(model: nn.Module, steps, lr: float = 1e-2, weight_decay: float = 0.1):
-    """Losses and weights of plain torch with the CPU kernels' own optimizer: no movement at all."""
-    from tierflow.cpu_adam import CPUAdamW
-
-    optimizer = CPUAdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay)
+def _loop(model: nn.Module, optimizer, steps, after) -> list[float]:
     losses = []
     for loss_of in steps:
         loss = loss_of(model)
@@ -101,7 +97,16 @@ def reference(model: nn.Module, steps, lr: float = 1e-2, weight_decay: float = 0
         losses.append(loss.item())
         optimizer.step()
         optimizer.zero_grad()
-    return losses, weights(model)
+        after()
+    return losses
+
+
+def reference(model: nn.Module, steps, lr: float = 1e-2, weight_decay: float = 0.1):
+    """Losses and weights of plain torch with the CPU kernels' own optimizer: no movement at all."""
+    from tierflow.cpu_adam import CPUAdamW
+
+    optimizer = CPUAdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay)
+    return _loop(model, optimizer, steps, lambda: None), weights(model)
 
 
 def offloaded(model: nn.Module, steps, path, placement: str = "everything", seed: int | None = 1, **options):
@@ -115,14 +120,7 @@ def offloaded(model: nn.Module, steps, path, placement: str = "everything", seed
     caps = tight(model) | options
     _, optimizer = tierflow.offload(model, config(placement, path, **caps), debug_memory=debug)
     try:
-        losses = []
-        for loss_of in steps:
-            loss = loss_of(model)
-            loss.backward()
-            losses.append(loss.item())
-            optimizer.step()
-            optimizer.zero_grad()
-            optimizer.engine.manager.ledger.check()
+        losses = _loop(model, optimizer, steps, optimizer.engine.manager.ledger.check)
         moved = optimizer.engine.manager.traffic
         return losses, weights(model), moved
     finally:
