@@ -16,16 +16,21 @@ SPAN_BYTES = 8 << 20
 
 def read_bytes(manager: Manager, chunk: Chunk, begin: int, end: int, victims: Victims) -> torch.Tensor:
     """Bytes [begin, end) of the chunk's true content as a new uint8 CPU tensor."""
-    out = torch.empty(end - begin, dtype=torch.uint8)
+    out = whole = torch.empty(end - begin, dtype=torch.uint8)
     tier = manager.home(chunk)
     if tier is not Tier.NVME:
         out.copy_(manager.memory(chunk, tier).bytes()[begin:end])
         return out
+    front = manager.front(chunk)
+    if front is not None:
+        part = front[begin:end]
+        out[: part.numel()].copy_(part)
+        begin, out = begin + part.numel(), out[part.numel() :]
     for low, high, scratch in _spans(manager, chunk, begin, end, victims):
         finish(manager.read(chunk, scratch, low))
         a, b = max(low, begin), min(high, end)
         out[a - begin : b - begin] = scratch[a - low : b - low]
-    return out
+    return whole
 
 
 def write_bytes(manager: Manager, chunk: Chunk, begin: int, data: torch.Tensor, victims: Victims) -> None:
@@ -35,6 +40,11 @@ def write_bytes(manager: Manager, chunk: Chunk, begin: int, data: torch.Tensor, 
     if tier is not Tier.NVME:
         manager.memory(chunk, tier).bytes()[begin:end].copy_(data)
         return
+    front = manager.front(chunk)
+    if front is not None:
+        part = front[begin:end]
+        part.copy_(data[: part.numel()])
+        begin, data = begin + part.numel(), data[part.numel() :]
     for low, high, scratch in _spans(manager, chunk, begin, end, victims):
         a, b = max(low, begin), min(high, end)
         if (a, b) != (low, high):
@@ -45,7 +55,7 @@ def write_bytes(manager: Manager, chunk: Chunk, begin: int, data: torch.Tensor, 
 
 def _spans(manager: Manager, chunk: Chunk, begin: int, end: int, victims: Victims):  # type: ignore[no-untyped-def]
     """(low, high, staging) over the aligned spans that cover [begin, end)."""
-    if begin == end:
+    if begin >= end:
         return
     first = begin // IO_BYTES * IO_BYTES
     size = min(SPAN_BYTES, -(-(end - first) // IO_BYTES) * IO_BYTES)

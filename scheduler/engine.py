@@ -19,12 +19,16 @@ from tierflow.scheduler.contents import follow_user, read_parameter, store_param
 from tierflow.scheduler.gradients import GradSlot, weakly
 from tierflow.scheduler.guard import EvictedParameterError, describe
 from tierflow.scheduler.hooks import ModelHooks, in_backward
-from tierflow.scheduler.placement import MemoryPlan
+from tierflow.scheduler.jobs import Job
+from tierflow.scheduler.placement import AHEAD
+from tierflow.scheduler.plan import MemoryPlan
 from tierflow.scheduler.rules import Rule
 from tierflow.scheduler.trace import Recorder
-from tierflow.scheduler.traffic import PREFETCH, default_order
+from tierflow.scheduler.traffic import default_order
 from tierflow.scheduler.units import Slot, Unit
-from tierflow.scheduler.update import Job, UpdatePipeline
+from tierflow.scheduler.speculation import PATIENCE, Speculation
+from tierflow.scheduler.stager import Stager
+from tierflow.scheduler.update import UpdateQueue
 from tierflow.swap import CapacityError, Chunk, CopyState, Kind, Lease, Ledger, Manager, Tier, Traffic
 
 log = logging.getLogger("tierflow")
@@ -49,7 +53,10 @@ class Engine:
     One thread trains at a time: forward on the caller's thread, backward on autograd's while the caller waits.
     """
 
-    def __init__(self, model: nn.Module, units: list[Unit], plan: MemoryPlan, manager: Manager, prefetch: bool = True):
+    def __init__(
+        self, model: nn.Module, units: list[Unit], plan: MemoryPlan, manager: Manager, prefetch: bool = True,
+        update: str = "auto",
+    ):  # fmt: skip
         self.model, self.units, self.plan, self.manager = model, units, plan, manager
         self.device = manager.pools[Tier.DEVICE].resident.arena.device
         self.recorder = Recorder(default_order(model, units))
@@ -63,8 +70,11 @@ class Engine:
         self._where = {id(p): (u, s) for u in units for s, p in zip(u.slots, u.params, strict=True)}
         self._versions: dict[int, int] = {}
         self._generation = dict.fromkeys(range(len(units)), 0)
-        on_device = self.device.type == "cpu" or plan.placement.optimizer is Tier.DEVICE
-        self.pipeline = UpdatePipeline(manager, plan.piece_elements, plan.pieces_in_flight, on_device)
+        self._update, self._deferred = update, update != "immediate"
+        self.speculation: Speculation | None = None
+        has_none = self.device.type == "cpu"  # no accelerator
+        stager = Stager(manager, has_none or plan.placement.optimizer is Tier.DEVICE, worker=not has_none)
+        self.updates = UpdateQueue(stager, plan.piece_elements, plan.pieces_in_flight, self._victims_beyond)
         manager.on_evict = lambda chunk: self.binder.unbind(self.units[chunk.unit])
         manager.on_move = lambda chunk, lease: self.binder.follow(self.units[chunk.unit], lease)
         manager.busy_aliases = self._aliased
@@ -85,8 +95,13 @@ class Engine:
                 self.binder.shut(unit)
             if unit.trainable:
                 self._make_gradients(unit)
+        if self.plan.spare:
+            self.speculation = Speculation(
+                self.updates, self.recorder, self.units, self.slots, lambda u: bool(self._pins.get(u.index)) or self._viewed(u),
+                0 if self._update == "speculative" else PATIENCE,
+            )  # fmt: skip
         self._note_versions()
-        if self.plan.placement.param is not Tier.DEVICE:
+        if self.plan.homes.streamed(self.units) or self._deferred:
             self.hooks = ModelHooks(self, self.model, self.units)
 
     def _make_gradients(self, unit: Unit) -> None:
@@ -97,11 +112,25 @@ class Engine:
         flat.zero_()
         for slot, p in zip(unit.slots, unit.params, strict=True):
             memory = flat[slot.offset : slot.offset + slot.numel].view(slot.shape)
-            grad = GradSlot(slot.names[0], p, memory, self.manager.lane)
+            grad = GradSlot(slot.names[0], p, memory, self.manager.lane, self._before_write(unit), self._arrival(p))
             self.slots[id(p)] = grad
             self.step_counts[id(p)] = 0
             with raw():
                 self._handles.append(p.register_post_accumulate_grad_hook(weakly(grad)))
+
+    def _before_write(self, unit: Unit) -> Callable[[], None]:
+        """Called before a gradient's memory changes: an update that is due still needs it."""
+
+        def finish() -> None:
+            if self.updates.pending(unit):
+                self._finish(unit)
+
+        return finish
+
+    def _arrival(self, param: nn.Parameter) -> Callable[[], None]:
+        """Called when a gradient was accumulated."""
+        key = id(param)
+        return lambda: self.speculation.arrived(key) if self.speculation is not None else None
 
     # ---- use of units
 
@@ -119,6 +148,67 @@ class Engine:
 
         return order
 
+    def _victims_beyond(self, unit: Unit | None) -> Callable[[Tier], Iterable[Chunk]]:
+        trace = self.recorder.current(self._learning())
+        return self.victims() if unit is None else self.victims(trace.next_use(unit.index))
+
+    def _fetch(self, unit: Unit) -> None:
+        """Brings the unit with its newest weights on its way to DEVICE."""
+        self._finish(unit)
+        try:
+            self.manager.fetch(unit.chunk, self.victims())
+        except CapacityError:
+            if not self.updates:
+                raise
+            self._progress(self.updates.rest)  # what it holds for units that come later
+            self.manager.fetch(unit.chunk, self.victims())
+
+    def _newer_to_come(self, unit: Unit) -> bool:
+        """Whether what a fetch would bring is not what the unit's next use is to see."""
+        return self.updates.pending(unit) or (self.speculation is not None and self.speculation.holds(unit))
+
+    def _finish(self, unit: Unit) -> None:
+        if self.speculation is not None and self.speculation.holds(unit):
+            speculation = self.speculation
+            self._progress(lambda: speculation.undo(unit))
+        if self.updates.job(unit) is not None:
+            self._progress(lambda: self.updates.finish(unit))
+
+    def _progress(self, run: Callable[[], None]) -> None:
+        """Runs a part of the updates that are due; after an error there the training state is inconsistent."""
+        before = self.updates.stager.kernel_seconds
+        try:
+            run()
+        except BaseException as error:
+            self.failed = f"{type(error).__name__} in the update: {error}"
+            self.updates.abandon()
+            raise
+        finally:
+            self.report.kernel_seconds += self.updates.stager.kernel_seconds - before
+
+    def settle(self, units: Iterable[Unit] | None = None) -> None:
+        """Runs the updates that are due, of some units or all, until their homes hold them."""
+        if self.speculation is not None:
+            self._progress(self.speculation.undo_all)
+        if units is None and self.updates:
+            self.usable()
+            self._progress(self.updates.settle)
+        units = self.units if units is None else list(units)
+        for unit in units:
+            self.settle_unit(unit)
+        self._open_resident(units)
+
+    def settle_unit(self, unit: Unit) -> None:
+        """Runs the unit's update, if one is due, until its home holds it."""
+        if self.updates.job(unit) is not None:
+            self._progress(lambda: self.updates.end(unit))
+
+    def _open_resident(self, units: Iterable[Unit]) -> None:
+        """Weights that live on DEVICE are ordinary again: nothing is due for them."""
+        for unit in units:
+            if self.manager.home(unit.chunk) is Tier.DEVICE:
+                self.binder.open(unit)
+
     def acquire(self, unit: Unit, foreseen: bool = True) -> None:
         """Pins the unit on DEVICE, fetching it if need be, and makes its parameters ordinary ones.
 
@@ -128,7 +218,7 @@ class Engine:
         if self._pins.get(unit.index, 0) == 0:
             if foreseen:
                 self._visit(unit)
-            self.manager.fetch(unit.chunk, self.victims())
+            self._fetch(unit)
         lease = self.manager.pin(unit.chunk)
         self._pins[unit.index] = self._pins.get(unit.index, 0) + 1
         if self._pins[unit.index] == 1:
@@ -152,11 +242,15 @@ class Engine:
     def touch(self, unit: Unit) -> Lease:
         """Brings the unit to DEVICE for the operation that asks; a live alias of it keeps it there."""
         self._visit(unit)
-        self.manager.fetch(unit.chunk, self.victims())
+        self._fetch(unit)
         return self.manager.lend(unit.chunk)
 
     def _visit(self, unit: Unit) -> None:
         self.manager.pump()
+        if self.speculation is not None and in_backward():
+            self.speculation.advance()
+        if self.updates:
+            self._progress(self.updates.advance)
         self.recorder.visit(unit.index, self._learning())
 
     def prefetch(self) -> None:
@@ -164,15 +258,15 @@ class Engine:
         if not self._prefetching:
             return
         trace = self.recorder.current(self._learning())
-        for index in trace.upcoming(2 * PREFETCH):
+        for index in trace.upcoming(2 * AHEAD):
             chunk = self.units[index].chunk
-            if self.manager.fetching() >= PREFETCH:
+            if self.manager.fetching() >= AHEAD:
                 return
             if self.manager.ledger.valid(chunk, Tier.DEVICE) or self.manager.is_fetching(chunk):
                 continue
-            try:
-                self.manager.fetch(chunk, self.victims(trace.next_use(index)), hint=True)
-            except CapacityError:
+            if self._newer_to_come(self.units[index]):
+                return  # the queue brings it up, in this order
+            if not self.manager.fetch(chunk, self.victims(trace.next_use(index)), hint=True):
                 return
 
     def _aliased(self, chunk: Chunk, lease: Lease) -> bool:
@@ -184,9 +278,13 @@ class Engine:
         Returns the result for what ``state_dict`` and ``load_state_dict`` do, None if ``func`` is to run now.
         """
         self.usable()
+        units = list(dict.fromkeys(self._where[id(p)][0] for p in params))
         if self.hooks is not None and self.hooks.inside():
-            for unit in dict.fromkeys(self._where[id(p)][0] for p in params):
+            for unit in units:
                 self.hooks.hold(unit)
+            return None
+        self.settle(units)
+        if all(self.manager.home(unit.chunk) is Tier.DEVICE for unit in units):
             return None
         if caller == "_save_to_state_dict":
             return self._read(params[0])
@@ -197,6 +295,7 @@ class Engine:
     def _read(self, param: Any) -> torch.Tensor:
         """A copy for ``state_dict``. Raises MemoryError where the host has no room for it."""
         unit, slot = self._where[id(param)]
+        self.settle([unit])
         if psutil.virtual_memory().available < unit.chunk.nbytes + STATE_DICT_MARGIN:
             raise MemoryError(
                 f"state_dict() has no room on the host for {param._tierflow_name!r}: use "
@@ -206,6 +305,7 @@ class Engine:
 
     def _write(self, param: Any, values: torch.Tensor) -> Any:
         unit, slot = self._where[id(param)]
+        self.settle([unit])
         store_parameter(self.manager, unit, slot, values.cpu(), self.victims())
         self.home_was_written(unit)
         return param
@@ -245,19 +345,15 @@ class Engine:
             self.hooks.reset()
         if any(self._pins.values()):
             raise RuntimeError("optimizer.step() inside `with tierflow.gathered(...)`: leave the block first")
-        self.manager.settle()
+        self._settle_unused()
         ready = {id(s.param): s for s in slots}
         self._follow_users()
         jobs = []
         for unit in self.units:
             entries = [(ready[id(p)], rules[id(p)]) if id(p) in ready else None for p in unit.params]
             if any(entries):
-                jobs.append(Job(unit, entries))
-        try:
-            self.report.kernel_seconds += self.pipeline.run(jobs, self.victims())
-        except BaseException as error:
-            self.failed = f"{type(error).__name__} in the update: {error}"
-            raise
+                jobs.append(Job(unit, entries, whole=self._deferred))
+        left = self._resolve(jobs)
         for job in jobs:
             self._generation[job.unit.index] += 1
             with raw():
@@ -266,7 +362,48 @@ class Engine:
         if self.recorder.step_ended() and self.recorder.departures and not self._warned:
             self._warned = True
             log.warning("the order in which modules run has changed between steps; prefetch follows the new order")
+        self._queue(left)
         self.report.update_seconds += time.perf_counter() - began
+
+    def _settle_unused(self) -> None:
+        """What the last forward did not use is still due from the step before."""
+        for unit in self.updates.units():
+            if self.updates.pending(unit) and not (self.speculation is not None and self.speculation.holds(unit)):
+                self.settle_unit(unit)
+        self.manager.settle()
+
+    def _resolve(self, jobs: list[Job]) -> list[Job]:
+        """What the backward has not done already."""
+        if self.speculation is None:
+            return jobs
+        left: list[Job] = []
+        speculation = self.speculation
+        self._progress(lambda: left.extend(speculation.resolve(jobs)))
+        return left
+
+    def refuse(self) -> None:
+        """The step that the backward counted on does not come: nothing was updated."""
+        if self.speculation is not None:
+            self._progress(self.speculation.undo_all)
+
+    def _queue(self, jobs: list[Job]) -> None:
+        """The updates of this step are due: at once, or each before its unit is used again."""
+        order = {u: i for i, u in enumerate(dict.fromkeys(self.recorder.trace.order))}
+        self.updates.add(sorted(jobs, key=lambda job: order.get(job.unit.index, len(order))))
+        if not self._deferred:
+            self.settle()
+            return
+        seen = [job.unit for job in jobs if self._viewed(job.unit)]  # somebody's view is to show the new weights
+        self.settle(seen)
+        for job in jobs:
+            if not job.ended:
+                self.binder.shut(job.unit)
+        self._progress(self.updates.advance)
+
+    def _viewed(self, unit: Unit) -> bool:
+        if not self.manager.ledger.valid(unit.chunk, Tier.DEVICE):
+            return False
+        return self._aliased(unit.chunk, self.manager.memory(unit.chunk, Tier.DEVICE))
 
     def _split_on_device(self) -> Iterator[tuple[Unit, Slot, torch.Tensor]]:
         """Weights that a user can write at any time while their master is kept elsewhere."""
@@ -298,6 +435,7 @@ class Engine:
         units = [u for u in self.units if any(id(p) in wanted for p in u.params)]
         held: list[Unit] = []
         try:
+            self.settle(units)
             for unit in units:
                 self.acquire(unit, foreseen=False)
                 held.append(unit)
@@ -335,6 +473,8 @@ class Engine:
                     p.grad = None
             self.binder.unbind(unit)
             self.binder.shut(unit)
+        self.updates.abandon()
+        self.updates.stager.close()
         for slot in self.slots.values():
             slot.close()
         self.slots.clear()
@@ -356,7 +496,7 @@ def build_manager(
     budgets = {t: plan.total(t) for t in Tier}
     try:
         pools = make_pools(plan, device, debug)
-        return Manager(Ledger(budgets), pools, store, make_lane(device))
+        return Manager(Ledger(budgets), pools, store, make_lane(device, debug))
     except BaseException:
         if store is not None:
             store.close()

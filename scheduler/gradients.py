@@ -27,8 +27,12 @@ _SCALINGS = (_aten.mul_.Tensor, _aten.mul_.Scalar)
 class GradSlot:
     """One parameter's gradient: memory of ``param.shape``, its statistics, and a scale not yet applied."""
 
-    def __init__(self, name: str, param: torch.Tensor, memory: torch.Tensor, lane: DeviceLane):
-        self.name, self.memory = name, memory
+    def __init__(
+        self, name: str, param: torch.Tensor, memory: torch.Tensor, lane: DeviceLane,
+        before_write: Callable[[], None] = lambda: None, arrived: Callable[[], None] = lambda: None,
+    ):  # fmt: skip
+        self.name, self.memory, self._before_write, self._arrived = name, memory, before_write, arrived
+        self.writes = 0  # how often the gradient has changed
         self._param = weakref.ref(param)  # param -> its grad, the handle -> this: no collector sees that cycle
         self._lane = lane
         self._stats: GradStats | None = None
@@ -48,17 +52,20 @@ class GradSlot:
 
     def take(self, grad: torch.Tensor) -> None:
         """The gradient is now ``grad`` (any device and dtype); its old content is overwritten."""
+        self._before_write()
         self._reset_flags()
         self._intake(grad, accumulate=False)
 
     def add(self, grad: torch.Tensor) -> None:
         """Adds ``grad``, as ``tensor.add_`` would in the memory's dtype."""
+        self._before_write()
         self.settle()
         self._intake(grad, accumulate=True)
 
     def _intake(self, grad: torch.Tensor, accumulate: bool) -> None:
         self._finish_transfer()
         self._stats = None
+        self.writes += 1
         if grad.device == self.memory.device and grad.device.type != "cpu":
             self.memory.add_(grad) if accumulate else self.memory.copy_(grad)
         elif grad.device.type == "cpu":
@@ -98,6 +105,8 @@ class GradSlot:
         """The memory with everything pending applied."""
         self._finish_transfer()
         if self.scale != 1.0:
+            self._before_write()
+            self.writes += 1
             self.memory.mul_(self.scale)
             self.scale, self._stats = 1.0, None
         return self.memory
@@ -120,6 +129,7 @@ class GradSlot:
     def changed(self) -> None:
         """The memory was written by somebody else."""
         self._stats = None
+        self.writes += 1
 
     def stats(self) -> GradStats:
         """Sum of squares and finiteness of the gradient; a scale that the kernel is to apply is included."""
@@ -153,12 +163,14 @@ class GradSlot:
         """Post-accumulate hook: moves a fresh gradient into managed memory."""
         with raw():
             grad = self.param.grad
-            if grad is None or grad is self.handle:
+            if grad is None:
                 return
             if grad.is_sparse:
                 raise RuntimeError(f"parameter {self.name!r} has a sparse gradient, which tierflow does not support")
-            self.take(grad)
-            self.param.grad = self.handle
+            if grad is not self.handle:
+                self.take(grad)
+                self.param.grad = self.handle
+        self._arrived()
 
 
 def weakly(slot: GradSlot) -> Callable[[torch.Tensor], None]:
@@ -290,6 +302,9 @@ def _on_memory(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return here
         return value
 
+    if func._schema.is_mutable:
+        for handle in handles:
+            handle._slot._before_write()
     result = func(*tree_map(unwrap, args), **tree_map(unwrap, kwargs))
     if func._schema.is_mutable:
         for handle in handles:

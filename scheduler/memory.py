@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tierflow.scheduler.placement import MemoryPlan
+from tierflow.scheduler.plan import MemoryPlan
 from tierflow.swap import Arena, CudaArena, CudaLane, DebugMemory, HostLane, Pool, Tier, TierPools
 from tierflow.swap.arena import REGISTER_BYTES
 from tierflow.swap.lanes import DeviceLane
@@ -21,10 +21,10 @@ STAGING_BYTES = 32 << 20
 _said: set[str] = set()
 
 
-def make_lane(device: torch.device) -> DeviceLane:
+def make_lane(device: torch.device, debug: DebugMemory | None = None) -> DeviceLane:
     """The lane between HOST and DEVICE."""
     if device.type == "cpu":
-        return HostLane()
+        return HostLane(direct=debug is None or not debug.through_host)
     staging = Arena(STAGING_BYTES)
     register(staging, device)
     return CudaLane(device, staging)

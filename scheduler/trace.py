@@ -37,6 +37,11 @@ class Trace:
             return places[at] - self.cursor
         return places[0] + len(self.order) - self.cursor
 
+    def comes_again(self, unit: int) -> bool:
+        """Whether the unit is used once more before the order ends."""
+        places = self._where.get(unit)
+        return places is not None and places[-1] > self.cursor
+
     def upcoming(self, limit: int) -> Iterator[int]:
         """The next ``limit`` units in order, the cursor's own not included."""
         for step in range(1, min(limit, len(self.order) - 1) + 1):

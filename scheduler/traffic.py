@@ -2,127 +2,79 @@
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass
-
 from torch import nn
 
-from tierflow.scheduler.placement import MemoryPlan, Placement
+from tierflow.scheduler.placement import AHEAD
+from tierflow.scheduler.plan import MemoryPlan
 from tierflow.scheduler.trace import Trace
 from tierflow.scheduler.units import Unit, module_units
 from tierflow.swap import Kind, Tier
 
-#: Fetches kept under way ahead of use.
-PREFETCH = 4
 
+def estimate(
+    units: list[Unit], plan: MemoryPlan, order: list[int], prefetch: bool = True, immediate: bool = False
+) -> tuple[int, int]:
+    """(read, written) NVMe bytes of one steady step with the given order of use.
 
-@dataclass(frozen=True)
-class Pools:
-    """Working memory in bytes, and the update's pieces: elements of one, and how many are in flight."""
-
-    device: int
-    host: int
-    piece_elements: int
-    pieces: int
-    device_is_host: bool  # kernels work on DEVICE memory too
-
-    @classmethod
-    def of(cls, plan: MemoryPlan, device_is_host: bool) -> Pools:
-        """What the plan gives."""
-        sizes = plan.working[Tier.DEVICE], plan.working[Tier.HOST]
-        return cls(*sizes, plan.piece_elements, plan.pieces_in_flight, device_is_host)
+    ``immediate``: the update runs at the step, and reads the weights that no copy is left of for itself.
+    """
+    streamed = {u.index: u for u in units if plan.homes.of(u, Kind.PARAM) is Tier.NVME}
+    left, fetched = _Cache(plan.working[Tier.DEVICE], units, plan).passes(Trace(order), prefetch)
+    read = sum(streamed[i].chunk.nbytes for i in fetched if i in streamed)
+    written = 0
+    for unit in units:
+        on_nvme = {k: c for k, c in unit.chunks.items() if k is not Kind.GRAD and plan.homes.of(unit, k) is Tier.NVME}
+        if not unit.trainable:
+            continue
+        front = plan.homes.front.get(unit.index, 0)
+        states = sum(c.nbytes - front * c.itemsize for k, c in on_nvme.items() if k is not Kind.PARAM)
+        weights = unit.chunk.nbytes if unit.index in streamed else 0
+        read += states + (weights if immediate and unit.index not in left else 0)
+        written += states + weights
+    return read, written
 
 
 class _Cache:
-    """One tier's working pool: which units it holds, how much is staged, and what it would give up."""
+    """DEVICE's working pool: which units it holds, and what it would give up, as ``Engine.victims`` has it."""
 
-    def __init__(self, capacity: int, sizes: dict[int, int]):
-        self.capacity, self._sizes, self.held, self.staged = capacity, sizes, set[int](), 0
+    def __init__(self, capacity: int, units: list[Unit], plan: MemoryPlan):
+        self.capacity, self.held = capacity, set[int]()
+        self._sizes = {u.index: u.chunk.nbytes for u in plan.homes.streamed(units)}
 
-    def make_room(self, nbytes: int, trace: Trace, keep: set[int], beyond: int = -1) -> bool:
-        """Drops units, the farthest next use first, until ``nbytes`` more fit; as ``Engine.victims`` has it."""
-        used = self.staged + sum(self._sizes[u] for u in self.held)
+    def passes(self, trace: Trace, prefetch: bool) -> tuple[set[int], list[int]]:
+        """What is held after, and what was fetched in, a step that starts from what the one before left."""
+        fetched: list[int] = []
+        for _ in range(3):
+            fetched = []
+            trace.rewind()
+            for unit in trace.order:
+                trace.visit(unit)
+                if unit not in self._sizes:
+                    continue
+                self._bring(unit, {unit}, trace, fetched)
+                for soon in self._ahead(trace) if prefetch else []:
+                    if not self._bring(soon, {unit}, trace, fetched, trace.next_use(soon)):
+                        break
+        return self.held, fetched
+
+    def _ahead(self, trace: Trace) -> list[int]:
+        coming = [u for u in dict.fromkeys(trace.upcoming(2 * AHEAD)) if u in self._sizes and u not in self.held]
+        return coming[:AHEAD]
+
+    def _bring(self, unit: int, keep: set[int], trace: Trace, fetched: list[int], beyond: int = -1) -> bool:
+        if unit in self.held:
+            return True
+        used = sum(self._sizes[u] for u in self.held)
         for victim in sorted(self.held - keep, key=trace.next_use, reverse=True):
-            if used + nbytes <= self.capacity or trace.next_use(victim) <= beyond:
+            if used + self._sizes[unit] <= self.capacity or trace.next_use(victim) <= beyond:
                 break
             self.held.discard(victim)
             used -= self._sizes[victim]
-        return used + nbytes <= self.capacity
-
-
-def estimate(
-    units: list[Unit], placement: Placement, pools: Pools, order: list[int], prefetch: bool = True
-) -> tuple[int, int]:
-    """(read, written) NVMe bytes of one steady step with the given order of use."""
-    sizes = {u.index: u.chunk.nbytes for u in units}
-    near, far, trace = _Cache(pools.device, sizes), _Cache(pools.host, sizes), Trace(order)
-    read = written = 0
-    for _ in range(3):  # the later passes start from what the one before left in memory
-        read = _fetches(near, far, trace, sizes, prefetch) if placement.param is Tier.NVME else 0
-        staged, written = _updates(units, placement, pools, near, far, trace)
-        read += staged
-    return read, written
-
-
-def _fetches(near: _Cache, far: _Cache, trace: Trace, sizes: dict[int, int], prefetch: bool) -> int:
-    read = 0
-
-    def bring(unit: int, running: int, beyond: int = -1) -> bool:
-        nonlocal read
-        if unit not in far.held:
-            if not far.make_room(sizes[unit], trace, set(), beyond):
-                return False
-            far.held.add(unit)
-            read += sizes[unit]
-        if not near.make_room(sizes[unit], trace, {running}, beyond):
+        if used + self._sizes[unit] > self.capacity:
             return False
-        near.held.add(unit)
+        self.held.add(unit)
+        fetched.append(unit)
         return True
-
-    trace.rewind()
-    for unit in trace.order:
-        trace.visit(unit)
-        if unit not in near.held:
-            bring(unit, unit)
-        ahead = [u for u in dict.fromkeys(trace.upcoming(2 * PREFETCH)) if u not in near.held] if prefetch else []
-        for soon in ahead[:PREFETCH]:
-            if not bring(soon, unit, trace.next_use(soon)):
-                break
-    return read
-
-
-def _updates(
-    units: list[Unit], placement: Placement, pools: Pools, near: _Cache, far: _Cache, trace: Trace
-) -> tuple[int, int]:
-    """(read, written) by the update pipeline, which stages in the host's pool what kernels cannot reach."""
-    read = written = 0
-    flight: deque[tuple[int, int]] = deque()  # bytes staged for a piece, its unit
-
-    def retire() -> None:
-        nbytes, unit = flight.popleft()
-        far.staged -= nbytes
-        if not pools.device_is_host:
-            near.held.discard(unit)  # updated in HOST or on NVMe: this copy is stale
-
-    for unit in (u for u in units if u.trainable):
-        cached = unit.index in far.held or (pools.device_is_host and unit.index in near.held)
-        homes = {k: placement.home(k) for k in unit.chunks if k is not Kind.GRAD}
-        here = {Tier.HOST} | ({Tier.DEVICE} if pools.device_is_host else set())
-        staged = [k for k, tier in homes.items() if tier not in here and not (k is Kind.PARAM and cached)]
-        read += sum(unit.chunks[k].nbytes for k in staged if homes[k] is Tier.NVME)
-        written += sum(unit.chunks[k].nbytes for k, tier in homes.items() if tier is Tier.NVME)
-        per_element = sum(unit.chunks[k].itemsize for k in staged)
-        for begin in range(0, unit.chunk.numel, pools.piece_elements) if staged else ():
-            need = min(pools.piece_elements, unit.chunk.numel - begin) * per_element
-            while not far.make_room(need, trace, {unit.index, *(u for _, u in flight)}) and flight:
-                retire()
-            far.staged += need
-            flight.append((need, unit.index))
-            while len(flight) >= pools.pieces:
-                retire()
-    while flight:
-        retire()
-    return read, written
 
 
 def default_order(model: nn.Module, units: list[Unit]) -> list[int]:

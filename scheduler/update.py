@@ -1,258 +1,308 @@
-"""The optimizer step as a pipeline: read -> kernel -> write, several pieces in flight.
+"""The updates that are due, in order of need, as a pipeline: read -> kernel -> write, several pieces in flight.
 
-A unit is cut into pieces of equal element ranges. Kinds that the kernel can address are updated in place;
-the others are staged in host memory. Each kernel starts as soon as its piece's bytes are there.
+[Note: one copy of the weights] A unit that will be used soon is brought up whole, updated where it then is, and
+written home behind that; so the update and the use that follows share one read. Its copy is held until the last
+write has ended: until then the home is not whole. What is settled without a use to come (a checkpoint, the end) goes
+through staging memory in pieces instead, and takes no room from what is cached.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
-import torch
-
-from tierflow.cpu_adam import kernels, reference
-from tierflow.scheduler.gradients import GradSlot
-from tierflow.scheduler.rules import Rule
+from tierflow.scheduler.jobs import Job, Piece, spans
+from tierflow.scheduler.stager import Stager
 from tierflow.scheduler.units import Unit
-from tierflow.swap import CapacityError, Chunk, Event, Kind, Lease, Manager, Ticket, Tier
+from tierflow.swap import CapacityError, Chunk, CopyState, Event, Ticket, Tier
 from tierflow.swap.lanes import finish
 from tierflow.swap.manager import Victims
 
-#: Elements that torch's operators update at a time on an accelerator: their fp64 intermediates are that long.
-_DEVICE_ELEMENTS = 1 << 21
-
-STATE_KINDS = (Kind.PARAM, Kind.MASTER, Kind.EXP_AVG, Kind.EXP_AVG_SQ)
+#: Victims whose next use is farther than that of the given unit; None: any.
+VictimsBeyond = Callable[[Unit | None], Victims]
 
 
-@dataclass(frozen=True)
-class Job:
-    """One unit's update: per slot its gradient and rule, or None where there is nothing to do."""
+class UpdateQueue:
+    """Jobs in order, with at most ``depth`` pieces of ``piece_elements`` in flight.
 
-    unit: Unit
-    slots: list[tuple[GradSlot, Rule] | None]
-
-
-@dataclass(eq=False)
-class _Piece:
-    """Elements [begin, end) of a unit: where each kind's bytes are, and what is under way for them."""
-
-    job: Job
-    begin: int
-    end: int
-    where: dict[Kind, Tier | None] = field(default_factory=dict)  # None: staged
-    tensors: dict[Kind, torch.Tensor] = field(default_factory=dict)
-    scratch: Lease | None = None
-    tickets: list[Ticket] = field(default_factory=list)
-    last: bool = False
-    mirror: bool = False  # PARAM is updated in DEVICE, and its HOST copy is to follow
-
-
-class UpdatePipeline:
-    """Runs jobs through the kernels with at most ``depth`` pieces of ``piece_elements`` in flight.
-
-    ``on_device``: whether kernels may work on DEVICE memory (always so without an accelerator).
+    After an exception the training state is inconsistent: ``abandon`` then ends what is under way.
     """
 
-    def __init__(self, manager: Manager, piece_elements: int, depth: int, on_device: bool):
-        self.manager, self.piece_elements, self.depth = manager, piece_elements, depth
-        self._on_device = on_device
+    def __init__(self, stager: Stager, piece_elements: int, depth: int, victims: VictimsBeyond):
+        self.stager, self.piece_elements, self.depth = stager, piece_elements, depth
+        self._manager, self._victims = stager.manager, victims
+        self._waiting: deque[Job] = deque()  # some piece was not begun
+        self._jobs: dict[int, Job] = {}  # not ended, by unit
+        self._reading: deque[Piece] = deque()
+        self._computing: deque[Piece] = deque()
+        self._writing: deque[Piece] = deque()
+        self._resting = False
 
-    def run(self, jobs: list[Job], victims: Victims) -> float:
-        """Updates every unit of ``jobs``; returns the seconds spent in kernels.
+    # ---- what is due
 
-        Raises what a transfer raised, after everything in flight has ended and the memory is given back.
-        """
-        self._kernel_seconds = 0.0
-        reading: deque[_Piece] = deque()
-        writing: deque[_Piece] = deque()
-        try:
-            for piece in self._pieces(jobs):
-                while not self._begin(piece, victims, must=not (reading or writing)):
-                    self._retire(reading, writing)
-                reading.append(piece)
-                while len(reading) + len(writing) >= self.depth:
-                    self._retire(reading, writing)
-            while reading or writing:
-                self._retire(reading, writing)
-        except BaseException:
-            for piece in (*reading, *writing):
-                self._abandon(piece)
-            raise
-        return self._kernel_seconds
-
-    def _pieces(self, jobs: list[Job]) -> Iterator[_Piece]:
+    def add(self, jobs: list[Job]) -> None:
+        """Queues jobs in the order in which they are needed."""
         for job in jobs:
-            numel = job.unit.chunk.numel
-            step = self.piece_elements if self._stages(job.unit) else numel
-            spans = [(b, min(b + step, numel)) for b in range(0, numel, step)]
-            spans = [s for s in spans if next(_segments(job, *s), None) is not None]
-            for begin, end in spans:
-                yield _Piece(job, begin, end, last=(begin, end) == spans[-1])
+            self.end(job.unit)
+            self._jobs[job.unit.index] = job
+            self._waiting.append(job)
 
-    def _stages(self, unit: Unit) -> bool:
-        return any(self._addressable(unit.chunks[k]) is None for k in STATE_KINDS if k in unit.chunks)
+    def job(self, unit: Unit) -> Job | None:
+        """The unit's job that has not ended."""
+        return self._jobs.get(unit.index)
 
-    def _addressable(self, chunk: Chunk) -> Tier | None:
-        """The tier whose copy the kernel can update in place, if any."""
-        home = self.manager.home(chunk)
-        # DEVICE first: that copy serves the next forward, and the host's room may go to the staging
-        for tier in (Tier.DEVICE, Tier.HOST) if home is Tier.NVME else (home,):
-            if (tier is Tier.HOST or self._on_device) and self.manager.ledger.valid(chunk, tier):
-                return tier
-        return None
+    def pending(self, unit: Unit) -> bool:
+        """Whether the unit's weights are not yet those of the last step."""
+        job = self._jobs.get(unit.index)
+        return job is not None and not job.computed
 
-    def _begin(self, piece: _Piece, victims: Victims, must: bool) -> bool:
-        """Points the piece at memory and starts its reads; False if there is no room for it yet."""
-        unit = piece.job.unit
-        span = piece.end - piece.begin
-        piece.where = {k: self._addressable(unit.chunks[k]) for k in STATE_KINDS if k in unit.chunks}
-        for kind, tier in piece.where.items():
-            if tier is not None:  # pinned first: room for the staging must not come from the piece itself
-                self.manager.ledger.pin(unit.chunks[kind], tier)
-        piece.mirror = piece.where[Kind.PARAM] is Tier.DEVICE and self.manager.ledger.valid(unit.chunk, Tier.HOST)
-        if piece.mirror:
-            self.manager.ledger.pin(unit.chunk, Tier.HOST)
-        need = sum(unit.chunks[k].itemsize * span for k, tier in piece.where.items() if tier is None)
+    def units(self) -> list[Unit]:
+        """Units whose job has not ended."""
+        return [job.unit for job in self._jobs.values()]
+
+    def __bool__(self) -> bool:
+        return bool(self._jobs)
+
+    # ---- progress
+
+    def advance(self) -> None:
+        """Goes as far as it can without waiting."""
+        if not self._jobs:
+            return
+        progress = True
+        while progress:
+            progress = self._retire() or self._compute() or self._begin(must=False)
+
+    def finish(self, unit: Unit) -> None:
+        """Until the unit's weights are those of the last step, and a fetch may read its home."""
+        job = self._jobs.get(unit.index)
+        if job is None or self._usable(job):
+            return
+        self._first(job)
+        while not self._usable(job):
+            self._step()
+
+    def _usable(self, job: Job) -> bool:
+        staged_on_nvme = job.tier is None and self._manager.home(job.unit.chunk) is Tier.NVME
+        return job.ended if staged_on_nvme else job.computed
+
+    def end(self, unit: Unit) -> None:
+        """Until the unit's update has reached its home."""
+        job = self._jobs.get(unit.index)
+        if job is not None:
+            self._first(job)
+            while not job.ended:
+                self._step()
+
+    def rest(self) -> None:
+        """Until nothing is under way and nothing is held: somebody needs the memory."""
+        self._resting = True
         try:
-            piece.scratch = self.manager.scratch(Tier.HOST, need, victims) if need else None
-        except CapacityError:
-            self._release(piece)
-            if not must:
-                return False
-            if self.manager.home(unit.chunk) is Tier.HOST or not self.manager.evictable(unit.chunk, Tier.HOST):
-                raise
-            # nothing is in flight, so the home has what this copy has: its room serves the staging
-            self.manager.evict(unit.chunk, Tier.HOST)
-            return self._begin(piece, victims, must)
-        try:
-            self._fill(piece)
-        except BaseException:
-            self._abandon(piece)
-            raise
+            while any(job.begun for job in self._jobs.values()):
+                self._step()
+        finally:
+            self._resting = False
+
+    def settle(self) -> None:
+        """Until nothing is due and nothing is under way."""
+        for job in self._waiting:
+            if not job.begun:
+                job.whole = False
+        while self._jobs:
+            self._step()
+
+    def abandon(self) -> None:
+        """Ends what is under way, after an error: nothing writes to memory that is given back."""
+        for piece in (*self._reading, *self._computing, *self._writing):
+            for ticket in (*piece.reads, *piece.writes, *piece.fills):
+                with contextlib.suppress(OSError):
+                    finish(ticket)
+            if piece.kernel is not None:
+                piece.kernel.exception()
+            self.stager.release(piece)
+        for queue in (self._reading, self._computing, self._writing, self._waiting):
+            queue.clear()
+        for job in self._jobs.values():
+            self._let_go(job)
+        self._jobs.clear()
+
+    def cancel(self, unit: Unit) -> bool:
+        """Takes the unit's job out of the queue; False if it has begun, or there is none."""
+        job = self._jobs.get(unit.index)
+        if job is None or job.begun:
+            return False
+        self._waiting.remove(job)
+        del self._jobs[unit.index]
         return True
 
-    def _fill(self, piece: _Piece) -> None:
-        unit, offset = piece.job.unit, 0
-        for kind, tier in piece.where.items():
-            chunk = unit.chunks[kind]
-            nbytes, at = chunk.itemsize * (piece.end - piece.begin), chunk.itemsize * piece.begin
-            if tier is not None:
-                piece.tensors[kind] = self._flat(unit, kind, tier)[piece.begin : piece.end]
-                continue
-            assert piece.scratch is not None
-            data = piece.scratch.bytes()[offset : offset + nbytes]
-            offset += nbytes
-            piece.tensors[kind] = data.view(self._dtype(unit, kind))
-            piece.tickets.append(self._stage_in(chunk, data, at))
+    def any_victims(self) -> Victims:
+        """What may be given up for something that is needed now."""
+        return self._victims(None)
 
-    def _stage_in(self, chunk: Chunk, data: torch.Tensor, at: int) -> Ticket:
-        if self.manager.home(chunk) is Tier.NVME:
-            return self.manager.read(chunk, data, at)
-        source = self.manager.memory(chunk, self.manager.home(chunk)).bytes()
-        self.manager.traffic.to_host += data.nbytes
-        return self.manager.lane.drain(data, source[at : at + data.nbytes])
+    def _first(self, job: Job) -> None:
+        if job in self._waiting and self._waiting[0] is not job:
+            self._waiting.remove(job)
+            self._waiting.insert(int(self._waiting[0].begun), job)
 
-    def _dtype(self, unit: Unit, kind: Kind) -> torch.dtype:
-        if kind is Kind.MASTER:
-            return torch.int16 if unit.chunks[kind].itemsize == 2 else torch.float32
-        return unit.dtype if kind is Kind.PARAM else torch.float32
-
-    def _flat(self, unit: Unit, kind: Kind, tier: Tier) -> torch.Tensor:
-        chunk = unit.chunks[kind]
-        return self.manager.memory(chunk, tier).bytes()[: chunk.nbytes].view(self._dtype(unit, kind))
-
-    def _retire(self, reading: deque[_Piece], writing: deque[_Piece]) -> None:
-        """Runs the oldest piece's kernel and starts its writes, or ends the oldest writes."""
-        if reading and not (writing and writing[0].tickets and all(t.done() for t in writing[0].tickets)):
-            piece = reading[0]
-            began = time.perf_counter()
-            _wait_all(piece.tickets)
-            self.manager.traffic.wait_read += time.perf_counter() - began
-            self._compute(piece)
-            reading.popleft()
-            writing.append(piece)
-            self._stage_out(piece)
+    def _step(self) -> None:
+        """Some progress, waiting for it if need be."""
+        self._manager.pump()
+        if self._retire() or self._compute() or self._begin(must=False):
             return
-        piece = writing[0]
+        if self._reading:
+            self._wait_read(self._reading[0])
+        elif self._computing:
+            self._computing[0].kernel.result()  # type: ignore[union-attr]
+        elif not self._begin(must=not self._writing):
+            self._wait_write(self._writing[0])
+
+    def _wait_read(self, piece: Piece) -> None:
         began = time.perf_counter()
-        _wait_all(piece.tickets)
-        self.manager.traffic.wait_write += time.perf_counter() - began
-        writing.popleft()
-        self._end(piece)
+        _finish_all(piece.reads)
+        self._manager.settle_chunk(piece.job.unit.chunk)
+        self._manager.traffic.wait_read += time.perf_counter() - began
 
-    def _compute(self, piece: _Piece) -> None:
+    def _wait_write(self, piece: Piece) -> None:
         began = time.perf_counter()
-        for low, high, offset, grad, rule in _segments(piece.job, piece.begin, piece.end):
-            part = {k: t[low - piece.begin : high - piece.begin] for k, t in piece.tensors.items()}
-            memory = grad.memory.view(-1)[low - offset : high - offset]
-            on_host = memory.device.type == "cpu"
-            step = kernels.adam_step if on_host else reference.adam_step
-            size = max(high - low, 1) if on_host else _DEVICE_ELEMENTS
-            for at in range(0, high - low, size):
-                here = {k: t[at : at + size] for k, t in part.items()}
-                step(
-                    here[Kind.PARAM], memory[at : at + size], here[Kind.EXP_AVG], here[Kind.EXP_AVG_SQ],
-                    master=here.get(Kind.MASTER), step=rule.step, lr=rule.lr, beta1=rule.beta1, beta2=rule.beta2,
-                    eps=rule.eps, weight_decay=rule.weight_decay, decoupled=rule.decoupled,
-                    maximize=rule.maximize, unscale=rule.unscale, clip=rule.clip,
-                )  # fmt: skip
-        if piece.mirror:
-            copy = self._flat(piece.job.unit, Kind.PARAM, Tier.HOST)
-            copy[piece.begin : piece.end].copy_(piece.tensors[Kind.PARAM])
-        self._kernel_seconds += time.perf_counter() - began
+        _finish_all(piece.writes)
+        _finish_all(piece.fills)
+        self._manager.traffic.wait_write += time.perf_counter() - began
 
-    def _stage_out(self, piece: _Piece) -> None:
-        unit = piece.job.unit
-        for kind, data in piece.tensors.items():
-            chunk = unit.chunks[kind]
-            at = chunk.itemsize * piece.begin
-            if self.manager.home(chunk) is Tier.NVME:
-                piece.tickets.append(self.manager.write(chunk, data.view(torch.uint8), at))
-            elif piece.where[kind] is None:
-                home = self.manager.memory(chunk, self.manager.home(chunk)).bytes()
-                self.manager.traffic.to_device += data.nbytes
-                piece.tickets.append(self.manager.lane.fill(home[at : at + data.nbytes], data.view(torch.uint8)))
+    # ---- the stages of a piece
 
-    def _end(self, piece: _Piece) -> None:
-        self._release(piece)
-        if not piece.last:
-            return
-        chunk, manager = piece.job.unit.chunk, self.manager
-        tier = piece.where[Kind.PARAM]
+    def _begin(self, must: bool) -> bool:
+        """Starts the next piece's reads; False if there is none, or no room for it yet."""
+        if not self._waiting or len(self._reading) + len(self._computing) + len(self._writing) >= self.depth:
+            return False
+        job = self._waiting[0]
+        if not job.begun and (self._resting or not self._begin_job(job, must)):
+            return False
+        piece = Piece(job, *job.todo[0])
+        try:
+            self.stager.read(piece, self._victims(None if must else job.unit))
+        except CapacityError:
+            if not must or job.tier is None or not job.held:
+                if must:
+                    raise
+                return False
+            self._stage_weights(job)
+            return self._begin(must)
+        self._reading.append(piece)
+        job.todo.pop(0)
+        if not job.todo:
+            self._waiting.popleft()
+        return True
+
+    def _begin_job(self, job: Job, must: bool) -> bool:
+        manager, chunk = self._manager, job.unit.chunk
         home = manager.home(chunk)
-        where = home if tier is None else tier
-        if piece.mirror:
-            manager.ledger.wrote(chunk, where)
-        else:
-            manager.wrote(chunk, where)
-        for other in {home, *([Tier.HOST] if piece.mirror else [])} - {where}:  # written through
-            manager.ledger.apply(chunk, other, Event.BEGIN_FILL)
-            manager.ledger.apply(chunk, other, Event.END_FILL)
-
-    def _release(self, piece: _Piece) -> None:
-        for kind, tier in piece.where.items():
-            if tier is not None:
-                self.manager.ledger.unpin(piece.job.unit.chunks[kind], tier)
-        if piece.mirror:
-            self.manager.ledger.unpin(piece.job.unit.chunk, Tier.HOST)
-        piece.tensors.clear()
-        if piece.scratch is not None:
-            self.manager.drop_scratch(Tier.HOST, piece.scratch)
-            piece.scratch = None
-
-    def _abandon(self, piece: _Piece) -> None:
-        for ticket in piece.tickets:
+        job.tier = self.stager.in_place(chunk)
+        if job.tier is None and home is Tier.NVME and job.whole:
+            job.tier = Tier.DEVICE if self.stager.on_device else Tier.HOST
+        if job.tier is not None and home is Tier.NVME:
+            victims = self._victims(None if must else job.unit)
             try:
-                finish(ticket)
-            except OSError:
-                continue  # the first error is already on its way to the caller
-        self._release(piece)
+                job.held = manager.fetch(chunk, victims, hint=not must, target=job.tier, hold=True)
+            except CapacityError:
+                job.whole = False  # not even alone: in pieces, then
+            if not job.held:
+                job.tier = None
+            if not job.held and job.whole:
+                return False
+        staged = any(tier is None for tier in self.stager.where(job).values())
+        job.cut = spans(job, self.piece_elements if staged or job.speculative else chunk.numel, self.stager.front(job.unit))
+        job.todo = list(job.cut)
+        job.computing = job.writing = len(job.todo)
+        job.begun = True
+        return True
+
+    def _stage_weights(self, job: Job) -> None:
+        """Nothing is in flight, so the home has what the held copy has: its room serves the staging."""
+        manager, chunk = self._manager, job.unit.chunk
+        manager.settle_chunk(chunk)
+        self._home_is_whole(chunk)
+        tier = job.tier
+        self._let_go(job)
+        job.tier = None
+        assert tier is not None
+        if manager.evictable(chunk, tier):
+            manager.evict(chunk, tier)
+        at = job.todo[0][0]
+        left = [span for span in spans(job, self.piece_elements, self.stager.front(job.unit)) if span[0] >= at]
+        job.computing = job.writing = len(left)
+        job.todo = left
+
+    def _compute(self) -> bool:
+        """Runs the kernel of the oldest piece that was read; False if none is ready."""
+        if not self._reading or not self._ready(self._reading[0]):
+            return False
+        piece = self._reading[0]
+        _finish_all(piece.reads)
+        if piece.job.tier is not None:
+            self._manager.wrote(piece.job.unit.chunk, piece.job.tier)
+        self.stager.compute(piece)
+        self._computing.append(self._reading.popleft())
+        return True
+
+    def _ready(self, piece: Piece) -> bool:
+        job = piece.job
+        there = job.tier is None or self._manager.ledger.valid(job.unit.chunk, job.tier)
+        return there and all(t.done() for t in piece.reads)
+
+    def _retire(self) -> bool:
+        """Starts the writes of what was computed and ends what was written; False if there is nothing to do."""
+        done = False
+        while self._computing and self._computing[0].kernel.done():  # type: ignore[union-attr]
+            self._computed(self._computing[0])
+            done = True
+        while self._writing and all(t.done() for t in (*self._writing[0].writes, *self._writing[0].fills)):
+            self._ended(self._writing[0])
+            done = True
+        return done
+
+    def _computed(self, piece: Piece) -> None:
+        assert piece.kernel is not None
+        piece.kernel.result()
+        self.stager.write(piece)
+        self._writing.append(self._computing.popleft())
+        job = piece.job
+        for ticket in piece.fills:
+            self._manager.lane.before_use(ticket)
+        job.computing -= 1
+        job.computed = job.computing == 0
+
+    def _ended(self, piece: Piece) -> None:
+        _finish_all(piece.writes)
+        _finish_all(piece.fills)
+        self._writing.popleft()
+        self.stager.release(piece)
+        job, chunk = piece.job, piece.job.unit.chunk
+        job.writing -= 1
+        if not job.ended:
+            return
+        if job.tier is None:
+            self._manager.wrote(chunk, self._manager.home(chunk))
+        else:
+            self._home_is_whole(chunk)
+        self._let_go(job)
+        del self._jobs[job.unit.index]
+
+    def _home_is_whole(self, chunk: Chunk) -> None:
+        """All that was computed has been written through."""
+        home = self._manager.home(chunk)
+        if self._manager.ledger.state(chunk, home) is CopyState.STALE:
+            self._manager.ledger.apply(chunk, home, Event.BEGIN_FILL)
+            self._manager.ledger.apply(chunk, home, Event.END_FILL)
+
+    def _let_go(self, job: Job) -> None:
+        if job.held and job.tier is not None:
+            self._manager.let_go(job.unit.chunk, job.tier)
+        job.held = False
 
 
-def _wait_all(tickets: list[Ticket]) -> None:
+def _finish_all(tickets: list[Ticket]) -> None:
     """Waits for every ticket, then raises the first error: no transfer is left running behind a failure."""
     error: BaseException | None = None
     for ticket in tickets:
@@ -263,11 +313,3 @@ def _wait_all(tickets: list[Ticket]) -> None:
     tickets.clear()
     if error is not None:
         raise error
-
-
-def _segments(job: Job, begin: int, end: int) -> Iterator[tuple[int, int, int, GradSlot, Rule]]:
-    """The parameters with a gradient that meet elements [begin, end): (low, high, slot offset, gradient, rule)."""
-    for slot, entry in zip(job.unit.slots, job.slots, strict=True):
-        low, high = max(begin, slot.offset), min(end, slot.offset + slot.numel)
-        if entry is not None and low < high:
-            yield low, high, slot.offset, entry[0], entry[1]

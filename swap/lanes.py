@@ -55,7 +55,13 @@ def finish(ticket: Ticket) -> None:
 
 
 class HostLane:
-    """HOST <-> DEVICE where both are ordinary memory: a copy made at once by the caller's thread."""
+    """HOST <-> DEVICE where both are ordinary memory: a copy made at once by the caller's thread.
+
+    ``direct``: a file is read into DEVICE memory itself; False goes through HOST, as with an accelerator.
+    """
+
+    def __init__(self, direct: bool = True):
+        self.direct = direct
 
     def fill(self, dst: torch.Tensor, src: torch.Tensor) -> Ticket:
         """Copies host bytes to the device copy."""
@@ -180,6 +186,8 @@ class CudaLane:
     backward's use through an alias, it waits for all that the compute streams were given until the eviction: an
     alias that is gone by then was used by work that has been issued.
     """
+
+    direct = False  # files are read into host memory
 
     def __init__(self, device: torch.device, staging: Arena):
         self.device = device

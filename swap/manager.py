@@ -45,15 +45,17 @@ class Traffic:
 
 @dataclass(eq=False)
 class Fetch:
-    """A chunk on its way to DEVICE: NVMe -> HOST by ``read``, then HOST -> DEVICE by ``fill``."""
+    """A chunk on its way up: NVMe -> ``landing`` by ``read``, then HOST -> DEVICE by ``fill``."""
 
     chunk: Chunk
+    target: Tier
+    landing: Tier = Tier.HOST
     read: Ticket | None = None
     fill: Ticket | None = None
     unpin_host: bool = False
-    begun: bool = False  # both halves have their memory
     in_place: bool = False  # refills a stale device copy that has views
-    host_only: bool = False  # a hint that found no room on DEVICE: it ends in HOST
+    begun: bool = False  # it has all the memory that it needs
+    holds: int = 0  # pins that the copy gets as soon as it is valid
 
 
 @dataclass
@@ -73,14 +75,22 @@ class Manager:
     def __post_init__(self) -> None:
         self._leases: dict[tuple[int, Tier], Lease] = {}
         self._extents: dict[int, Extent] = {}
+        self._spares: dict[int, Extent] = {}
+        self._fronts: dict[int, Lease] = {}
         self._homes: dict[int, Tier] = {}
         self._fetches: dict[int, Fetch] = {}
         self._marks: dict[int, object | None] = {}
 
     # ---- homes
 
-    def create(self, chunk: Chunk, home: Tier) -> None:
-        """Gives the chunk its permanent place. The bytes there are undefined until written."""
+    def create(self, chunk: Chunk, home: Tier, front: int = 0) -> None:
+        """Gives the chunk its permanent place. The bytes there are undefined until written.
+
+        ``front``: so many of its first bytes are in HOST instead of on NVMe, for good.
+        """
+        if front:
+            self._fronts[chunk.id] = self.pools[Tier.HOST].resident.lease(front)
+            self.ledger.hold_scratch(Tier.HOST, front)
         if home is Tier.NVME:
             assert self.store is not None
             self._extents[chunk.id] = self.store.allocate(chunk.nbytes)
@@ -89,9 +99,27 @@ class Manager:
         self._homes[chunk.id] = home
         self.ledger.apply(chunk, home, Event.CREATE)
 
+    def add_spare(self, chunk: Chunk) -> None:
+        """Gives the chunk a second slot on NVMe."""
+        assert self.store is not None
+        self._spares[chunk.id] = self.store.allocate(chunk.nbytes)
+
+    def has_spare(self, chunk: Chunk) -> bool:
+        """Whether the chunk has a second slot."""
+        return chunk.id in self._spares
+
+    def flip(self, chunk: Chunk) -> None:
+        """The chunk's second slot becomes its home, and the home the second slot."""
+        self._extents[chunk.id], self._spares[chunk.id] = self._spares[chunk.id], self._extents[chunk.id]
+
     def home(self, chunk: Chunk) -> Tier:
         """The chunk's permanent tier."""
         return self._homes[chunk.id]
+
+    def front(self, chunk: Chunk) -> torch.Tensor | None:
+        """The chunk's first bytes as far as they live in HOST, where the rest is on NVMe."""
+        lease = self._fronts.get(chunk.id)
+        return None if lease is None else lease.bytes()
 
     def memory(self, chunk: Chunk, tier: Tier) -> Lease:
         """The lease of a copy in a memory tier."""
@@ -99,17 +127,17 @@ class Manager:
 
     # ---- raw NVMe transfers of a piece of a chunk's home
 
-    def read(self, chunk: Chunk, dst: torch.Tensor, begin: int = 0) -> Ticket:
-        """Starts reading ``dst.nbytes`` bytes at byte ``begin`` of the chunk's extent into host memory."""
+    def read(self, chunk: Chunk, dst: torch.Tensor, begin: int = 0, spare: bool = False) -> Ticket:
+        """Starts reading ``dst.nbytes`` bytes at byte ``begin`` of the chunk's extent (or second slot) into memory."""
         assert self.store is not None
         self.traffic.nvme_read += dst.nbytes
-        return self.store.read(dst, self._extents[chunk.id].offset + begin)
+        return self.store.read(dst, (self._spares if spare else self._extents)[chunk.id].offset + begin)
 
-    def write(self, chunk: Chunk, src: torch.Tensor, begin: int = 0) -> Ticket:
-        """Starts writing ``src`` at byte ``begin`` of the chunk's extent."""
+    def write(self, chunk: Chunk, src: torch.Tensor, begin: int = 0, spare: bool = False) -> Ticket:
+        """Starts writing ``src`` at byte ``begin`` of the chunk's extent (or second slot)."""
         assert self.store is not None
         self.traffic.nvme_written += src.nbytes
-        return self.store.write(src, self._extents[chunk.id].offset + begin)
+        return self.store.write(src, (self._spares if spare else self._extents)[chunk.id].offset + begin)
 
     # ---- staging memory
 
@@ -203,34 +231,58 @@ class Manager:
         """Whether the chunk is on its way to DEVICE."""
         return chunk.id in self._fetches
 
-    def fetch(self, chunk: Chunk, victims: Victims, hint: bool = False) -> None:
-        """Starts bringing the chunk to DEVICE unless it is there or under way. Raises CapacityError.
+    def fetch(
+        self, chunk: Chunk, victims: Victims, hint: bool = False, target: Tier = Tier.DEVICE, hold: bool = False
+    ) -> bool:
+        """Starts bringing the chunk to ``target`` unless it is there or under way. Raises CapacityError.
 
-        ``hint``: it is wanted later. Then nothing is waited for, and where only HOST has room it ends there.
+        ``hint``: it is wanted later. Then nothing is waited for, and False says that there was no room (the chunk
+        may be on its way to HOST then). ``hold``: pins the copy as soon as it is valid; ``unpin`` undoes it.
         """
         fetch = self._fetches.get(chunk.id)
-        if fetch is not None and fetch.host_only and not hint:
-            self._end_host_only(fetch)
-        if self.ledger.valid(chunk, Tier.DEVICE) or chunk.id in self._fetches:
-            return
-        fetch = Fetch(chunk)
+        if fetch is not None and fetch.target is not target:
+            if hint:
+                return False
+            self._end(fetch)
+        if chunk.id not in self._fetches and not self.ledger.valid(chunk, target) and not self._start(
+            Fetch(chunk, target), victims, hint
+        ):
+            return False
+        if hold and chunk.id in self._fetches:
+            self._fetches[chunk.id].holds += 1
+        elif hold:
+            self.ledger.pin(chunk, target)
+        return True
+
+    def _start(self, fetch: Fetch, victims: Victims, hint: bool) -> bool:
+        chunk, wanted = fetch.chunk, fetch.target
         self._fetches[chunk.id] = fetch
         try:
-            if not self.ledger.valid(chunk, Tier.HOST):
-                self._begin_host(fetch, victims, not hint)
-            self._begin_device(fetch, victims, not hint)
-        except CapacityError:
-            if hint and fetch.read is not None:
-                fetch.host_only = True
+            if wanted is Tier.DEVICE and self.lane.direct and not self.ledger.valid(chunk, Tier.HOST):
+                self._begin_device(fetch, victims, not hint)
+                fetch.landing = Tier.DEVICE
+                fetch.read = self.read(chunk, self._leases[chunk.id, Tier.DEVICE].bytes()[: chunk.nbytes])
             else:
+                if not self.ledger.valid(chunk, Tier.HOST):
+                    self._begin_host(fetch, victims, not hint)
+                if wanted is Tier.DEVICE:
+                    self._begin_device(fetch, victims, not hint)
+        except CapacityError:
+            if not hint:
                 self._abort(fetch)
-            raise
+                raise
+            if fetch.read is None:
+                self._abort(fetch)
+            else:
+                fetch.target = Tier.HOST
         except BaseException:
             self._abort(fetch)
             raise
         fetch.begun = True
         self.observer()
-        self._advance(fetch)
+        if chunk.id in self._fetches:
+            self._advance(fetch)
+        return fetch.target is wanted and (chunk.id in self._fetches or self.ledger.valid(chunk, wanted))
 
     def _begin_host(self, fetch: Fetch, victims: Victims, wait: bool) -> None:
         chunk = fetch.chunk
@@ -270,14 +322,9 @@ class Manager:
             self._abort(fetch)
             raise
         fetch.read = None
-        self.ledger.apply(fetch.chunk, Tier.HOST, Event.END_FILL)
-        self._pin_host(fetch)
-
-    def _end_host_only(self, fetch: Fetch) -> None:
-        assert fetch.read is not None
-        self._end_read(fetch, fetch.read)
-        self._unpin_host(fetch)
-        del self._fetches[fetch.chunk.id]
+        self.ledger.apply(fetch.chunk, fetch.landing, Event.END_FILL)
+        if fetch.target is not fetch.landing:
+            self._pin_host(fetch)
 
     def _abort(self, fetch: Fetch) -> None:
         """Gives back what a failed fetch had taken, once nothing writes there any more."""
@@ -300,48 +347,49 @@ class Manager:
 
     def _end_fetches(self) -> bool:
         """Waits for what is under way to DEVICE, whose memory nobody could take; whether there was anything."""
-        found = [f for f in self._fetches.values() if f.begun or f.host_only]
+        found = [f for f in self._fetches.values() if f.begun]
         for fetch in found:
             self._end(fetch)
         return bool(found)
 
     def _end(self, fetch: Fetch) -> None:
-        if fetch.host_only:
-            self._end_host_only(fetch)
-            return
         self._advance(fetch, block=True)
         if fetch.fill is not None and fetch.chunk.id in self._fetches:
-            self._finish(fetch)
+            finish(fetch.fill)
+            self._filled(fetch)
 
     def _advance(self, fetch: Fetch, block: bool = False) -> None:
         """Carries a fetch as far as it goes without waiting, or (``block``) to where compute may use it."""
-        chunk = fetch.chunk
         if fetch.read is not None:
             if not (block or fetch.read.done()):
                 return
             began = time.perf_counter()
             self._end_read(fetch, fetch.read)
             self.traffic.wait_read += time.perf_counter() - began
-        if fetch.host_only:
-            self._unpin_host(fetch)
-            del self._fetches[chunk.id]
+        if fetch.target is fetch.landing:
+            self._filled(fetch)
             return
         if fetch.fill is None:
-            began = time.perf_counter()
-            source = self._leases[chunk.id, Tier.HOST].bytes()[: chunk.nbytes]
-            target = self._leases[chunk.id, Tier.DEVICE].bytes()[: chunk.nbytes]
-            fetch.fill = self.lane.fill(target, source)
-            self.traffic.to_device += chunk.nbytes
-            self.traffic.wait_device += time.perf_counter() - began
-        if fetch.fill.done():
-            self._finish(fetch)
+            self._fill(fetch)
+        if fetch.fill is not None and fetch.fill.done():
+            finish(fetch.fill)
+            self._filled(fetch)
 
-    def _finish(self, fetch: Fetch) -> None:
-        assert fetch.fill is not None
-        finish(fetch.fill)
+    def _fill(self, fetch: Fetch) -> None:
+        chunk, began = fetch.chunk, time.perf_counter()
+        source = self._leases[chunk.id, Tier.HOST].bytes()[: chunk.nbytes]
+        target = self._leases[chunk.id, Tier.DEVICE].bytes()[: chunk.nbytes]
+        fetch.fill = self.lane.fill(target, source)
+        self.traffic.to_device += chunk.nbytes
+        self.traffic.wait_device += time.perf_counter() - began
+
+    def _filled(self, fetch: Fetch) -> None:
+        """The copy is where it was wanted."""
         self._unpin_host(fetch)
-        if self.ledger.state(fetch.chunk, Tier.DEVICE) is CopyState.FILLING:
-            self.ledger.apply(fetch.chunk, Tier.DEVICE, Event.END_FILL)
+        if self.ledger.state(fetch.chunk, fetch.target) is CopyState.FILLING:
+            self.ledger.apply(fetch.chunk, fetch.target, Event.END_FILL)
+        for _ in range(fetch.holds):
+            self.ledger.pin(fetch.chunk, fetch.target)
         del self._fetches[fetch.chunk.id]
 
     def pump(self) -> None:
@@ -376,6 +424,16 @@ class Manager:
                 self._marks[chunk.id] = self.lane.after_use()
         return left
 
+    def let_go(self, chunk: Chunk, tier: Tier) -> None:
+        """Undoes the ``hold`` of a fetch."""
+        fetch = self._fetches.get(chunk.id)
+        if fetch is not None and fetch.holds:
+            fetch.holds -= 1
+        elif tier is Tier.DEVICE:
+            self.unpin(chunk)
+        else:
+            self.ledger.unpin(chunk, tier)
+
     def lend(self, chunk: Chunk) -> Lease:
         """Like ``pin``, for the caller to make an alias of at once; that is what then holds the copy."""
         lease = self.pin(chunk)
@@ -388,6 +446,18 @@ class Manager:
         for other in self.ledger.wrote(chunk, tier):
             if other is not self._homes[chunk.id] and self.evictable(chunk, other):
                 self.evict(chunk, other)
+
+    def drop_copies(self, chunk: Chunk) -> None:
+        """Only the home is true: every copy of it goes, or is refilled where it is when it is wanted."""
+        self.settle_chunk(chunk)
+        home = self._homes[chunk.id]
+        for tier in (Tier.DEVICE, Tier.HOST):
+            if tier is home or self.ledger.state(chunk, tier) is CopyState.ABSENT:
+                continue
+            if self.evictable(chunk, tier):
+                self.evict(chunk, tier)
+            else:
+                self.ledger.apply(chunk, tier, Event.INVALIDATE)
 
     def settle_chunk(self, chunk: Chunk) -> None:
         """Waits for the chunk's fetch, if one is under way: its home is about to be written."""
@@ -408,8 +478,9 @@ class Manager:
                     _quietly(ticket)
         self._fetches.clear()
         self.lane.close()
-        for lease in self._leases.values():
+        for lease in (*self._leases.values(), *self._fronts.values()):
             lease.release()
+        self._fronts.clear()
         self._leases.clear()
         self.ledger.forget()
         if self.store is not None:

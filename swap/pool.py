@@ -57,9 +57,13 @@ class Lease:
 
 @dataclass
 class DebugMemory:
-    """Test aid: leases at random places, freed memory filled with NaN patterns."""
+    """Test aid: leases at random places, freed memory filled with NaN patterns.
+
+    ``through_host``: files are read into HOST memory first, as with an accelerator.
+    """
 
     rng: random.Random
+    through_host: bool = False
 
 
 class Pool:

@@ -270,6 +270,9 @@ _TIERFLOW = [
     _honoured("tierflow.device", '"auto", "cpu", "cuda" or "cuda:N"', "auto"),
     _honoured("tierflow.engine", '"auto", "io_uring" or "threads"', "auto", note="how files are read and written"),
     _honoured("tierflow.prefetch", 'true, false or "auto"', "true", note="false fetches on demand; results are the same"),
+    _honoured("tierflow.update", '"auto", "immediate", "deferred" or "speculative"', "auto",
+              note="when the update runs: in `optimizer.step()`, before each unit's next use, or in the last backward and "
+              "undone where clipping needs it; results are the same"),
     _honoured("tierflow.piece_elements", _POSITIVE, "auto", "elements", "of one piece of the update"),
     _honoured("tierflow.report", 'true, false or "auto"', "true", note="the memory table is logged (INFO) by `offload`; the config and the table are printed by `finetune`"),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -16,8 +17,10 @@ from tierflow.config import Config, ConfigError, load_config
 from tierflow.fill import Source, fill, from_model
 from tierflow.optimizer import DEFAULTS, OffloadOptimizer, check_group, groups_of
 from tierflow.scheduler.engine import Engine, build_manager
-from tierflow.scheduler.placement import DoesNotFit, MemoryPlan, Placement, kinds_of, make_plan, table_text
-from tierflow.scheduler.traffic import Pools, default_order, estimate
+from tierflow.scheduler.homes import STATES
+from tierflow.scheduler.placement import DoesNotFit, Placement, kinds_of
+from tierflow.scheduler.plan import MemoryPlan, make_plan, second_slots, table_text
+from tierflow.scheduler.traffic import default_order, estimate
 from tierflow.scheduler.units import ShardGeometry, Unit, make_chunks, module_units, partition
 from tierflow.settings import (
     Settings,
@@ -43,6 +46,7 @@ def offload(
     param_groups: Iterable[Any] | None = None,
     nvme_path: str | None = None,
     source: Source | None = None,
+    owned_loop: bool = False,
     debug_memory: DebugMemory | None = None,
 ) -> tuple[nn.Module, OffloadOptimizer]:
     """Moves the model's weights, gradients and optimizer states to their tiers; returns (model, optimizer).
@@ -51,7 +55,8 @@ def offload(
     means everything "auto". The optimizer's settings come from ``optimizer`` (a fresh torch AdamW or Adam, taken
     over), ``param_groups``, or the config's ``optimizer`` block: one of the three must be there. ``nvme_path``: the
     folder for what lives on NVMe when the config names none. ``source`` gives values for parameters on the meta
-    device (see ``tierflow.load``). ``debug_memory`` is for tests: random places, freed memory poisoned.
+    device (see ``tierflow.load``). ``owned_loop``: the caller calls ``optimizer.expect_step()`` before each step's
+    first backward, as ``tierflow.initialize`` does, so that updates may run in the backward. ``debug_memory`` is for tests: random places, freed memory poisoned.
 
     Raises ConfigError, DoesNotFit (with the table of needs) before anything is allocated; OSError for the path.
     """
@@ -65,7 +70,7 @@ def offload(
     _check_groups(model, groups)
     device = pick_device(cfg)
     trained = {id(p) for g in groups for p in g["params"] if p.requires_grad}
-    units, plan, settings = make_run(model, cfg, device, trained, nvme_path)
+    units, plan, settings = make_run(model, cfg, device, trained, nvme_path, owned_loop, debug_memory is None or not debug_memory.through_host)
     if cfg.tierflow.report:
         log.info(table_text(plan))
     engine = _build(model, units, plan, settings, source or from_model, debug_memory)
@@ -147,29 +152,37 @@ def _cast(model: nn.Module, cfg: Config) -> None:
 
 
 def make_run(
-    model: nn.Module, cfg: Config, device: torch.device, trained: set[int], nvme_path: str | None
-) -> tuple[list[Unit], MemoryPlan, Settings]:
-    """Units, plan and settings; nothing is allocated. Raises DoesNotFit and ConfigError."""
+    model: nn.Module, cfg: Config, device: torch.device, trained: set[int], nvme_path: str | None,
+    owned_loop: bool = False, direct: bool = True,
+) -> tuple[list[Unit], MemoryPlan, Settings]:  # fmt: skip
+    """Units, plan and settings; nothing is allocated. Raises DoesNotFit and ConfigError.
+
+    ``owned_loop``: second slots on NVMe are made where they fit, for updates in the backward that may be undone.
+    ``direct``: a CPU's DEVICE memory is read into without a stop in HOST.
+    """
     param, optim = pick_tiers(cfg)
     path = nvme_directory(cfg, nvme_path)
     caps = make_caps(cfg, device, path)
     error: DoesNotFit | None = None
-    for choice in _candidates(param, optim):
+    second_slots = {"auto": (True, False), "speculative": (True,)}.get(cfg.tierflow.update, (False,))
+    slots = second_slots if owned_loop else (False,)
+    for choice, speculative in itertools.product(_candidates(param, optim), slots):
         if Tier.NVME in choice and path is None:
             continue
         limit = None if choice[0] is Tier.DEVICE else max(caps.device // 4, 1)
         units = _units(model, cfg, trained, limit)
         dtypes = {u.dtype for u in units if u.trainable}
         placement = Placement(
-            choice[0], choice[1], pick_format(cfg, dtypes), _grad_dtype(cfg), device.type == "cpu"
+            choice[0], choice[1], pick_format(cfg, dtypes), _grad_dtype(cfg), device.type == "cpu",
+            direct and device.type == "cpu",
         )  # fmt: skip
         make_chunks(units, {u.index: kinds_of(u, placement) for u in units}, ShardGeometry())
         try:
-            plan = _plan(model, units, placement, caps, device, cfg)
+            plan = _plan(model, units, placement, caps, device, cfg, speculative)
         except DoesNotFit as refused:
             error = refused
             continue
-        return units, plan, Settings(device, path, cfg.aio_options(), cfg.tierflow.prefetch)
+        return units, plan, Settings(device, path, cfg.aio_options(), cfg.tierflow.prefetch, cfg.tierflow.update)
     if error is None:  # only placements on NVMe were asked for
         raise missing_nvme_path()
     raise error
@@ -207,15 +220,16 @@ def _grad_dtype(cfg: Config) -> torch.dtype | None:
 
 
 def _plan(
-    model: nn.Module, units: list[Unit], placement: Placement, caps: Any, device: torch.device, cfg: Config
-) -> MemoryPlan:
-    plan = make_plan(units, placement, caps, _together(model, units), (0, 0))
+    model: nn.Module, units: list[Unit], placement: Placement, caps: Any, device: torch.device, cfg: Config,
+    speculative: bool,
+) -> MemoryPlan:  # fmt: skip
+    order = default_order(model, units)
+    plan = make_plan(units, placement, caps, _together(model, units), order, speculative)
     piece = cfg.tierflow.piece_elements
     if piece is not None:  # whole I/O blocks of every kind, and room for two pieces at once
         most = plan.piece_elements * plan.pieces_in_flight // 2 // IO_BYTES * IO_BYTES
         plan = replace(plan, piece_elements=min(-(-piece // IO_BYTES) * IO_BYTES, most))
-    pools, order = Pools.of(plan, device.type == "cpu"), default_order(model, units)
-    read, written = estimate(units, placement, pools, order, cfg.tierflow.prefetch)
+    read, written = estimate(units, plan, order, cfg.tierflow.prefetch, cfg.tierflow.update == "immediate")
     return replace(plan, nvme_read=read, nvme_written=written)
 
 
@@ -244,9 +258,12 @@ def _build(
     try:
         for unit in units:
             for kind, chunk in unit.chunks.items():
-                manager.create(chunk, plan.placement.home(kind, unit.trainable))
+                front = plan.homes.front.get(unit.index, 0) if kind in STATES else 0
+                manager.create(chunk, plan.homes.of(unit, kind), front * chunk.itemsize)
+            for chunk in second_slots(unit, plan.homes) if plan.spare else ():
+                manager.add_spare(chunk)
         fill(manager, units, source)
-        engine = Engine(model, units, plan, manager, settings.prefetch)
+        engine = Engine(model, units, plan, manager, settings.prefetch, settings.update)
         _move_buffers(model, settings.device)
         engine.attach()
     except BaseException:

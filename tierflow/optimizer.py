@@ -83,6 +83,14 @@ class OffloadOptimizer(torch.optim.Optimizer):
         self.steps_taken += 1
         return loss
 
+    def expect_step(self) -> None:
+        """Says before a step's first backward that ``step()`` will follow it, with the hyperparameters set now.
+
+        Updates may then run in the backward; where the step turns out otherwise they are undone, bit for bit.
+        """
+        if self.engine.speculation is not None:
+            self.engine.speculation.start(self._rules(1.0))
+
     def _clip_factor(self, slots: list[GradSlot]) -> float:
         """The factor for ``gradient_clipping``, as torch's clip_grad_norm_ computes it in fp32."""
         if self.gradient_clipping and any(s.user_scaled and s.norm_was_read for s in slots):
@@ -91,6 +99,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
             )
         for slot in slots:
             if not slot.stats().finite:
+                self.engine.refuse()
                 raise NonFiniteGradient(self.steps_taken + 1, slot.name)
         self.last_grad_norm = self.engine.grad_norm(slots)
         self.engine.report.grad_norm = self.last_grad_norm

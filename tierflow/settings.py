@@ -28,6 +28,7 @@ class Settings:
     nvme_path: str | None
     aio: dict[str, Any]
     prefetch: bool
+    update: str
 
 
 def pick_device(config: Config) -> torch.device:

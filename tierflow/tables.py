@@ -10,7 +10,7 @@ from rich.table import Table
 
 from tierflow.config import Config
 from tierflow.scheduler.engine import Engine
-from tierflow.scheduler.placement import MemoryPlan, rows
+from tierflow.scheduler.plan import MemoryPlan, rows
 from tierflow.sizes import format_size as size
 from tierflow.swap import Tier
 

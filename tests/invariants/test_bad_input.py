@@ -198,15 +198,10 @@ def test_impossible_caps_come_with_a_table_and_settings_that_work(
 def test_the_first_settings_suggested_work_for_a_transformer(tmp_path: Path, placement: str) -> None:
     """What is needed at least really is enough, in forward, backward, update, evaluation and saving."""
     param, optim = tiny.PLACEMENTS[placement]
-    caps = {"device_memory": "64MB", "host_memory": "64MB", "nvme_capacity": "64MB"}
-    for _ in range(2):
-        _, optimizer = tierflow.offload(tiny.llama(layers=4), config(tmp_path, param, optim, **caps))
-        plan = optimizer.engine.plan
-        optimizer.close()
-        caps["device_memory"] = plan.resident_bytes(tierflow.swap.Tier.DEVICE) + plan.least[tierflow.swap.Tier.DEVICE]
-    caps["host_memory"] = plan.resident_bytes(tierflow.swap.Tier.HOST) + plan.least[tierflow.swap.Tier.HOST] or 4096
     model = tiny.llama(layers=4)
-    _, optimizer = tierflow.offload(model, config(tmp_path, param, optim, **caps))
+    (_, optimizer), _ = tiny.least(
+        lambda caps: tierflow.offload(model, config(tmp_path, param, optim, nvme_capacity="64MB", **caps))
+    )
     losses, _ = tiny.train(model, optimizer, 3)
     with torch.no_grad():
         model(input_ids=torch.zeros(1, 4, dtype=torch.long))

@@ -11,7 +11,7 @@ from outcome import Stack
 from torch import nn
 
 import tierflow
-from tierflow.swap import Tier
+from tierflow.swap import Kind, Tier
 
 WIDTH = 256
 PADDED = (WIDTH * WIDTH + WIDTH + 2047) // 2048 * 2048  # a layer's elements, to whole I/O blocks of 2-byte kinds
@@ -40,17 +40,28 @@ def measure(model: nn.Module, optimizer, loss_of, steps: int = 3) -> tuple[float
     engine = optimizer.engine
     for i in range(2):
         once(model, optimizer, loss_of, i)
+    engine.settle()
     engine.take_report()
     before = kernel_counts()
     for i in range(steps):
         once(model, optimizer, loss_of, i)
+    engine.updates.rest()
+    due = sum(moved(u) for u in engine.units if engine.updates.pending(u))
+    in_time = engine.manager.traffic.nvme_read
+    engine.settle()
     after = kernel_counts()
     traffic = engine.take_report().traffic
-    if engine.manager.store.direct:
+    if engine.manager.store is not None and engine.manager.store.direct:
         for counted, was, now in zip((traffic.nvme_read, traffic.nvme_written), before, after, strict=True):
             # besides, the kernel counts a page of code or a log line, and not the padding that was never written
             assert abs(now - was - counted) <= 0.02 * counted + (1 << 17)
-    return traffic.nvme_read / steps, traffic.nvme_written / steps
+    # settled without a use to come, an update reads the weights for itself: not so between steps
+    return (in_time + due) / steps, traffic.nvme_written / steps
+
+
+def moved(unit) -> int:
+    """Bytes of a unit's states, which an update reads from NVMe."""
+    return sum(chunk.nbytes for kind, chunk in unit.chunks.items() if kind not in (Kind.PARAM, Kind.GRAD))
 
 
 def once(model: nn.Module, optimizer, loss_of, i: int) -> None:
@@ -73,7 +84,7 @@ FORMATS = {  # dtype -> (states on NVMe, R + W; the weight's own bytes)
 @pytest.mark.parametrize("param", ["none", "cpu"])
 def test_optimizer_on_nvme_moves_its_states_once_each_way(tmp_path: Path, dtype: torch.dtype, param: str) -> None:
     model = Stack(layers=12, width=WIDTH, dtype=dtype)
-    _, optimizer = tierflow.offload(model, config(tmp_path, param, "nvme"))
+    (_, optimizer), _ = tiny.least(lambda caps: tierflow.offload(model, config(tmp_path, param, "nvme", **caps)))
     plan = optimizer.engine.plan
     states = FORMATS[dtype][0] * 12 * PADDED
     assert (plan.nvme_read, plan.nvme_written) == (states, states)
@@ -81,10 +92,31 @@ def test_optimizer_on_nvme_moves_its_states_once_each_way(tmp_path: Path, dtype:
     optimizer.close()
 
 
+@pytest.mark.parametrize("share", [0.1, 0.37, 0.5, 0.99])
+def test_states_are_split_between_host_and_nvme_by_bytes(tmp_path: Path, share: float) -> None:
+    """Room for a part of the states, at any fraction, spares the drive that part both ways."""
+    layers = 12
+    (_, optimizer), least = tiny.least(
+        lambda caps: tierflow.offload(Stack(layers=layers, width=WIDTH), config(tmp_path, "none", "nvme", **caps))
+    )
+    optimizer.close()
+    model, states = Stack(layers=layers, width=WIDTH), 8 * layers * PADDED
+    staging = 12 * layers * PADDED  # the update's pieces come before any cache
+    room = {"host_memory": 4 * layers * PADDED + staging + int(share * states)}
+    _, optimizer = tierflow.offload(model, config(tmp_path, "none", "nvme", **(least | room)))
+    plan = optimizer.engine.plan
+    assert plan.nvme_read == plan.nvme_written and plan.total(Tier.HOST) <= room["host_memory"]
+    spared = states - plan.nvme_read
+    assert share * states - 8 * 4096 < spared  # to the grain of a cut
+    assert measure(model, optimizer, stack_loss) == (plan.nvme_read, plan.nvme_written)
+    optimizer.close()
+
+
 def tight_caps(layers: int, dtype: torch.dtype, device_layers: float, host_layers: float) -> dict[str, int]:
-    """Caps that leave room for so many layers' weights beside the gradients."""
+    """Caps that leave room for so many layers' weights, and for so many layers' staging beside the gradients."""
     layer = PADDED * dtype.itemsize
-    return {"device_memory": int(device_layers * layer), "host_memory": int((layers + host_layers) * layer)}
+    staged = (12 if dtype == torch.float32 else 12) * PADDED
+    return {"device_memory": int(device_layers * layer), "host_memory": int(layers * layer + host_layers * staged)}
 
 
 @pytest.mark.parametrize("dtype", FORMATS, ids=["fp32", "lossless"])
@@ -103,7 +135,7 @@ def test_everything_on_nvme_equals_the_plan(tmp_path: Path, dtype: torch.dtype, 
     assert abs(read - plan.nvme_read) <= 0.02 * plan.nvme_read
     # the table's figure: the weight for the forward and the backward, and the states; less what the caps still hold
     table = (states + 2 * weight) * layers * PADDED
-    assert table * 0.75 < read <= table * 1.15
+    assert table * 0.85 < read <= table
     optimizer.close()
 
 
@@ -122,29 +154,20 @@ def test_what_the_caps_can_cache_is_in_the_plan_too(tmp_path: Path, device_layer
     optimizer.close()
 
 
-def test_generous_caps_read_no_weight(tmp_path: Path) -> None:
+def test_generous_caps_leave_nothing_on_the_drive(tmp_path: Path) -> None:
     model = Stack(layers=8, width=WIDTH)
     _, optimizer = tierflow.offload(model, config(tmp_path, "nvme", "nvme"))
     plan = optimizer.engine.plan
-    read, written = measure(model, optimizer, stack_loss)
-    assert (read, written) == (plan.nvme_read, plan.nvme_written) == (8 * 8 * PADDED, 12 * 8 * PADDED)
+    assert (plan.nvme_read, plan.nvme_written) == (0, 0) and optimizer.engine.manager.store is None
     optimizer.close()
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_transformer_under_tight_caps_equals_the_plan(tmp_path: Path, tied: bool) -> None:
-    caps: dict[str, int] = {}
-    for tier in (Tier.DEVICE, Tier.HOST):  # the least of each, one after the other: how units are cut depends on them
-        _, optimizer = tierflow.offload(
-            tiny.llama(layers=10, hidden=64, tied=tied), tiny.config("everything", tmp_path, **caps)
-        )
-        plan = optimizer.engine.plan
-        caps[f"{tier.value}_memory"] = plan.resident_bytes(tier) + plan.least[tier]
-        optimizer.close()
     model = tiny.llama(layers=10, hidden=64, tied=tied)
-    _, optimizer = tierflow.offload(model, tiny.config("everything", tmp_path, **caps))
+    (_, optimizer), caps = tiny.least(lambda caps: tierflow.offload(model, tiny.config("everything", tmp_path, **caps)))
     plan = optimizer.engine.plan
-    assert (plan.total(Tier.DEVICE), plan.total(Tier.HOST)) == tuple(caps.values())
+    assert plan.total(Tier.DEVICE) <= caps["device_memory"] and plan.total(Tier.HOST) <= caps["host_memory"]
 
     def loss_of(m: nn.Module, i: int) -> torch.Tensor:
         ids = torch.randint(0, 160, (2, 12), generator=torch.Generator().manual_seed(i))

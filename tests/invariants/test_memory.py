@@ -76,7 +76,7 @@ class Watch:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "lossless"])
 def test_arena_pools_and_ledger_equal_the_plan(tmp_path: Path, placement: str, dtype: torch.dtype) -> None:
     model = tiny.llama(layers=4, hidden=32, dtype=dtype)
-    caps = {} if placement in ("device", "host", "nvme") else tiny.tight(model)
+    caps = {} if placement in ("device", "host", "nvme") else tiny.tight(model, placement)
     debug = DebugMemory(random.Random(1))
     _, optimizer = tierflow.offload(model, tiny.config(placement, tmp_path, **caps), debug_memory=debug)
     engine = optimizer.engine

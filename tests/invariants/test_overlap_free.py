@@ -15,10 +15,14 @@ from tierflow.cpu_adam import kernels
 from tierflow.scheduler.contents import read_bytes, write_bytes
 from tierflow.scheduler.engine import build_manager
 from tierflow.scheduler.gradients import GradSlot
-from tierflow.scheduler.placement import Caps, Placement, kinds_of, make_plan
+from tierflow.scheduler.homes import STATES, Homes
+from tierflow.scheduler.placement import Caps, Placement, kinds_of
+from tierflow.scheduler.plan import MemoryPlan
 from tierflow.scheduler.rules import Rule
 from tierflow.scheduler.units import ShardGeometry, Unit, make_chunks, partition
-from tierflow.scheduler.update import Job, UpdatePipeline
+from tierflow.scheduler.jobs import Job
+from tierflow.scheduler.stager import Stager
+from tierflow.scheduler.update import UpdateQueue
 from tierflow.swap import CopyState, DebugMemory, Kind, Manager, Tier
 
 TIERS = [(p, o) for o in Tier for p in Tier if list(Tier).index(p) <= list(Tier).index(o)]
@@ -39,6 +43,11 @@ def cases(draw: st.DrawFn) -> dict:
         "without": draw(st.sets(st.integers(0, 14), max_size=6)),  # parameters that have no gradient
         "seed": draw(st.integers(0, 1 << 20)),
         "on_device": draw(st.booleans()),
+        "fronts": draw(st.lists(st.sampled_from([0, 0, 1, 3, 100]), min_size=5, max_size=5)),
+        "worker": draw(st.booleans()),
+        "whole": draw(st.booleans()),
+        "through_host": draw(st.booleans()),
+        "calls": draw(st.lists(st.tuples(st.sampled_from(["advance", "finish", "end", "rest"]), st.integers(0, 4)), max_size=8)),
     }
 
 
@@ -94,7 +103,7 @@ def at_once(units: list[Unit], jobs: list[Job], held: dict[tuple[int, Kind], tor
     """The same update, parameter by parameter, on copies."""
     for job in jobs:
         unit = job.unit
-        for slot, entry in zip(unit.slots, job.slots, strict=True):
+        for slot, entry in zip(unit.slots, job.entries, strict=True):
             if entry is None:
                 continue
             grad, rule = entry
@@ -134,14 +143,20 @@ def run_case(path: Path, case: dict) -> int:
     make_chunks(units, {u.index: kinds_of(u, placement) for u in units}, ShardGeometry())
     biggest = min(case["piece"], max(u.chunk.numel for u in units)) * 12
     weights = max(sum(u.chunk.nbytes for u in units), 1 << 20)
-    plan = make_plan(units, placement, Caps(1 << 30, 1 << 30, 1 << 30), [[u] for u in units], (0, 0))
-    plan.working[Tier.HOST] = biggest * case["room"] + (weights if any(c != "none" for c in case["cached"]) else 0)
-    plan.working[Tier.DEVICE] = weights
-    manager = build_manager(plan, torch.device("cpu"), str(path), {}, DebugMemory(random.Random(case["seed"])))
+    fronts = dict(enumerate(case["fronts"])) if placement.optimizer is Tier.NVME else {}
+    fronts = {u.index: min(fronts.get(u.index, 0), u.chunk.numel // 4096) * 4096 for u in units}
+    homes_ = Homes({(u.index, k): placement.home(k) for u in units for k in u.chunks}, fronts)
+    host = biggest * case["room"] + (weights if any(c != "none" for c in case["cached"]) else 0)
+    plan = MemoryPlan(
+        placement, homes_, Caps(1 << 30, 1 << 30, 1 << 30), homes_.resident(units),
+        {Tier.HOST: host, Tier.DEVICE: weights}, {}, case["piece"], case["depth"], 0,
+    )  # fmt: skip
+    manager = build_manager(plan, torch.device("cpu"), str(path), {}, DebugMemory(random.Random(case["seed"]), through_host=True))
     try:
         for unit in units:
             for kind, chunk in unit.chunks.items():
-                manager.create(chunk, placement.home(kind))
+                front = fronts[unit.index] * chunk.itemsize if kind in STATES else 0
+                manager.create(chunk, placement.home(kind), front)
         fill_with_noise(manager, units, generator)
         expected = homes(manager, units)
         jobs, index = [], 0
@@ -153,15 +168,30 @@ def run_case(path: Path, case: dict) -> int:
                 entries.append(None if index in case["without"] else (grad, rule))
                 index += 1
             if any(entries):
-                jobs.append(Job(unit, entries))
+                jobs.append(Job(unit, entries, whole=case["whole"]))
         at_once(units, jobs, expected)
         for unit, how in zip(units, case["cached"], strict=False):
             cache(manager, unit, how)
         manager.traffic.nvme_read = 0
         everything = [u.chunk for u in units]
         on_device = case["on_device"] or placement.optimizer is Tier.DEVICE
-        pipeline = UpdatePipeline(manager, case["piece"], case["depth"], on_device)
-        pipeline.run(jobs, lambda tier: [c for c in everything if manager.ledger.state(c, tier) is not CopyState.ABSENT])
+        manager.lane.direct = not case["through_host"]
+        stager = Stager(manager, on_device, case["worker"])
+
+        def victims(_beyond: Unit | None):
+            return lambda tier: [c for c in everything if manager.ledger.state(c, tier) is not CopyState.ABSENT]
+
+        queue = UpdateQueue(stager, case["piece"], case["depth"], victims)
+        queue.add(jobs)
+        for call, index in case["calls"]:
+            unit = units[index % len(units)]
+            getattr(queue, call)(*([unit] if call in ("finish", "end") else []))
+            manager.ledger.check()
+            if call in ("finish", "end"):
+                assert not queue.pending(unit)
+                check_copies(manager, unit, expected)
+        queue.settle()
+        stager.close()
         read = manager.traffic.nvme_read
         check(manager, units, expected)
         return read
@@ -173,7 +203,8 @@ def run_case(path: Path, case: dict) -> int:
 
 def check(manager: Manager, units: list[Unit], expected: dict[tuple[int, Kind], torch.Tensor]) -> None:
     manager.ledger.check()
-    assert not any(manager.ledger._scratch.values())
+    assert manager.ledger._scratch[Tier.HOST] == sum(lease.nbytes for lease in manager._fronts.values())
+    assert not manager.ledger._scratch[Tier.DEVICE]
     found = homes(manager, units)
     for unit in units:
         for kind, chunk in unit.chunks.items():
@@ -184,18 +215,27 @@ def check(manager: Manager, units: list[Unit], expected: dict[tuple[int, Kind], 
             for slot in unit.slots:  # padding is nobody's
                 begin, end = slot.offset * chunk.itemsize, (slot.offset + slot.numel) * chunk.itemsize
                 assert torch.equal(found[unit.index, kind].view(torch.uint8)[begin:end], want[begin:end]), (unit.index, kind)
-                for tier in (Tier.DEVICE, Tier.HOST):
-                    if manager.ledger.valid(chunk, tier):  # every copy that calls itself valid is
-                        held = manager.memory(chunk, tier).bytes()[begin:end]
-                        assert torch.equal(held, want[begin:end]), (unit.index, kind, tier)
+        check_copies(manager, unit, expected)
+
+
+def check_copies(manager: Manager, unit: Unit, expected: dict[tuple[int, Kind], torch.Tensor]) -> None:
+    """Every copy of the weights in memory that calls itself valid is."""
+    want = expected[unit.index, Kind.PARAM].view(torch.uint8)
+    for slot in unit.slots:
+        begin, end = slot.offset * unit.chunk.itemsize, (slot.offset + slot.numel) * unit.chunk.itemsize
+        for tier in (Tier.DEVICE, Tier.HOST):
+            if manager.ledger.valid(unit.chunk, tier):
+                assert torch.equal(manager.memory(unit.chunk, tier).bytes()[begin:end], want[begin:end]), (unit.index, tier)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 6])
 @pytest.mark.parametrize("on_device", [True, False])
-def test_what_is_staged_is_read_once(tmp_path: Path, depth: int, on_device: bool) -> None:
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_is_staged_is_read_once(tmp_path: Path, depth: int, on_device: bool, whole: bool) -> None:
     case = {
         "sizes": [[20_000, 5], [9_000]], "dtype": torch.float32, "tiers": (Tier.NVME, Tier.NVME), "piece": 8192,
         "depth": depth, "room": 6, "cached": ["none"] * 5, "without": set(), "seed": 1, "on_device": on_device,
+        "fronts": [], "worker": False, "whole": whole, "through_host": True, "calls": [],
     }  # fmt: skip
     padded = [20480, 10240]
     assert run_case(tmp_path, case) == 12 * sum(padded)

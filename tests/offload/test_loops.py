@@ -33,7 +33,8 @@ def test_touching_an_evicted_parameter_raises_and_names_the_remedy(tmp_path) -> 
 
 
 def test_gathered_reads_and_writes(tmp_path) -> None:
-    plain, a, model, b = pair(tmp_path)
+    model = tiny.llama(layers=2, hidden=32)
+    plain, a, model, b = pair(tmp_path, model, **tiny.tight(model, slack=4.0))
     with torch.no_grad(), tierflow.gathered(model.model.layers[1]):
         for m in (plain, model):
             m.model.layers[1].mlp.up_proj.weight[0].fill_(0.5)
@@ -260,7 +261,7 @@ def test_functional_use_of_a_foreign_weight_is_fetched_on_demand(tmp_path) -> No
     plain = copy.deepcopy(model)
     x = torch.randn(3, 16)
     a = CPUAdamW(plain.parameters(), lr=1e-2, weight_decay=0.1)
-    _, b = tierflow.offload(model, tiny.config("everything", tmp_path, **tiny.tight(model, 2.0)))
+    _, b = tierflow.offload(model, tiny.config("everything", tmp_path, **tiny.tight(model, slack=2.0)))
     for _ in range(2):
         for m, o in ((plain, a), (model, b)):
             m(x).square().sum().backward()

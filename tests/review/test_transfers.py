@@ -54,6 +54,8 @@ class Fill:
 class SideStream(HostLane):
     """Fills run in order and late: when compute needs one, or by chance."""
 
+    direct = False
+
     def __init__(self, seed: int):
         self.rng, self.queue = random.Random(seed), list[Fill]()
 
@@ -115,13 +117,14 @@ def net() -> Net:
 @pytest.mark.parametrize("placement", ["everything", "param_host"])
 @pytest.mark.parametrize("seed", range(3))
 def test_fills_that_end_late_change_no_bit(tmp_path, monkeypatch, placement, seed) -> None:
-    monkeypatch.setattr("tierflow.scheduler.memory.make_lane", lambda device: SideStream(seed))
+    monkeypatch.setattr("tierflow.scheduler.memory.make_lane", lambda device, debug: SideStream(seed))
     model = net()
     plain = copy.deepcopy(model)
     a = CPUAdamW(plain.parameters(), lr=1e-2, weight_decay=0.1)
-    config = tiny.config(placement, tmp_path, device_memory="80KB")
-    _, b = tierflow.offload(model, config, debug_memory=DebugMemory(random.Random(seed)))
-    b.engine.pipeline._on_device = False
+    caps = tiny.tight(model, placement, direct=False) | {"device_memory": "80KB"}
+    debug = DebugMemory(random.Random(seed), through_host=True)
+    _, b = tierflow.offload(model, tiny.config(placement, tmp_path, **caps), debug_memory=debug)
+    b.engine.updates.stager.on_device = False
     for step in range(4):
         losses = []
         for m, o in ((plain, a), (model, b)):
@@ -160,8 +163,8 @@ def late_reads(engine, interrupts: int = 0) -> list[Late]:
     made: list[Late] = []
     read = engine.manager.read
 
-    def slow(*args):
-        made.append(Late(read(*args), interrupts))
+    def slow(*args, **kw):
+        made.append(Late(read(*args, **kw), interrupts))
         return made[-1]
 
     engine.manager.read = slow
@@ -170,16 +173,14 @@ def late_reads(engine, interrupts: int = 0) -> list[Late]:
 
 def test_what_comes_up_ahead_of_use_gives_way_to_what_is_needed_now(tmp_path) -> None:
     model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(6)))
-    _, b = tierflow.offload(model, tiny.config("everything", tmp_path, device_memory="40KB"))
+    _, b = tierflow.offload(model, tiny.config("everything", tmp_path, device_memory="40KB", host_memory="200KB"))
     manager, units = b.engine.manager, b.engine.units
     late_reads(b.engine)
     began = 0
     for unit in units[1:]:
-        try:
-            manager.fetch(unit.chunk, b.engine.victims(0), hint=True)
-            began += 1
-        except CapacityError:
+        if not manager.fetch(unit.chunk, b.engine.victims(0), hint=True):
             break
+        began += 1
     assert began and manager.pools[Tier.DEVICE].working.free < units[0].chunk.nbytes
     manager.fetch(units[0].chunk, b.engine.victims())
     manager.pin(units[0].chunk)
@@ -191,18 +192,20 @@ def test_what_comes_up_ahead_of_use_gives_way_to_what_is_needed_now(tmp_path) ->
 
 def test_a_hint_without_room_on_the_device_does_not_wait_and_ends_on_the_host(tmp_path) -> None:
     model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(6)))
-    _, b = tierflow.offload(model, tiny.config("everything", tmp_path, device_memory="16KB"))
+    config = tiny.config("everything", tmp_path, device_memory="17KB", host_memory="200KB")
+    _, b = tierflow.offload(model, config, debug_memory=DebugMemory(random.Random(1), through_host=True))
     manager, units = b.engine.manager, b.engine.units
-    manager.fetch(units[0].chunk, b.engine.victims())
-    manager.pin(units[0].chunk)
+    for unit in units[0], units[2]:
+        manager.fetch(unit.chunk, b.engine.victims())
+        manager.pin(unit.chunk)
     reads = late_reads(b.engine)
-    with pytest.raises(CapacityError):
-        manager.fetch(units[1].chunk, b.engine.victims(), hint=True)
+    assert not manager.fetch(units[1].chunk, b.engine.victims(), hint=True)
     assert len(reads) == 1 and not reads[0].waited and manager.is_fetching(units[1].chunk)
     reads[0].wait()
     manager.pump()
     assert manager.ledger.valid(units[1].chunk, Tier.HOST) and not manager.ledger.pins(units[1].chunk, Tier.HOST)
     manager.unpin(units[0].chunk)
+    manager.unpin(units[2].chunk)
     b.close()
 
 
@@ -212,7 +215,7 @@ def test_weights_written_while_a_prefetch_reads_them_are_what_is_used(tmp_path) 
     fresh = {k: torch.randn_like(v) for k, v in model.state_dict().items()}
     plain = copy.deepcopy(model)
     plain.load_state_dict(fresh)
-    _, b = tierflow.offload(model, tiny.config("everything", tmp_path))
+    _, b = tierflow.offload(model, tiny.config("everything", tmp_path, device_memory="40KB", host_memory="200KB"))
     late_reads(b.engine)
     for unit in b.engine.units:
         b.engine.manager.fetch(unit.chunk, b.engine.victims(), hint=True)
@@ -226,7 +229,7 @@ def test_ctrl_c_ends_a_wait_and_not_before_the_transfer_has_left_its_memory(tmp_
     torch.manual_seed(2)
     model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(3)))
     plain = copy.deepcopy(model)
-    _, b = tierflow.offload(model, tiny.config("everything", tmp_path))
+    _, b = tierflow.offload(model, tiny.config("everything", tmp_path, device_memory="16KB", host_memory="130KB"))
     manager = b.engine.manager
     read = manager.read
     made = late_reads(b.engine, interrupts=1)
@@ -246,9 +249,9 @@ def test_ctrl_c_ends_a_wait_and_not_before_the_transfer_has_left_its_memory(tmp_
 
 def test_a_store_that_takes_no_more_reads_leaks_nothing(tmp_path) -> None:
     model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(3)))
-    _, b = tierflow.offload(model, tiny.config("everything", tmp_path))
+    _, b = tierflow.offload(model, tiny.config("everything", tmp_path, device_memory="16KB", host_memory="130KB"))
     manager, unit = b.engine.manager, b.engine.units[0]
-    read, manager.read = manager.read, lambda *args: (_ for _ in ()).throw(OSError("no more reads"))
+    read, manager.read = manager.read, lambda *args, **kw: (_ for _ in ()).throw(OSError("no more reads"))
     with pytest.raises(OSError, match="no more"):
         model(torch.randn(2, 32))
     assert all(manager.pools[t].working.leased == 0 for t in (Tier.DEVICE, Tier.HOST))
@@ -318,7 +321,7 @@ def test_weights_on_an_accelerator_are_updated_through_the_host(tmp_path, monkey
     made = []
 
     def accelerator(*args):
-        made.append(Placement(*args[:4], device_is_host=False))
+        made.append(Placement(*args[:4], device_is_host=False, direct=False))
         return made[-1]
 
     monkeypatch.setattr("tierflow.offloading.Placement", accelerator)
@@ -326,7 +329,7 @@ def test_weights_on_an_accelerator_are_updated_through_the_host(tmp_path, monkey
     plain = copy.deepcopy(model)
     a = CPUAdamW(plain.parameters(), lr=1e-2, weight_decay=0.1)
     _, b = tierflow.offload(model, tiny.config("host", tmp_path))
-    b.engine.pipeline._on_device = False
+    b.engine.updates.stager.on_device = False
     for step in range(3):
         for m, o in ((plain, a), (model, b)):
             loss_of(m, step).backward()

@@ -17,7 +17,7 @@ def pair(tmp_path, model=None, placement="everything", **kw):
     model = model if model is not None else tiny.llama(layers=2, hidden=32)
     plain = copy.deepcopy(model)
     other = CPUAdamW([p for p in plain.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
-    caps = tiny.tight(model)
+    caps = tiny.tight(model, placement)
     _, optimizer = tierflow.offload(model, tiny.config(placement, tmp_path, **(caps | kw)))
     return plain, other, model, optimizer
 

@@ -42,6 +42,7 @@ class Stack(nn.Module):
 
 def states_of(engine: Any) -> dict[str, torch.Tensor]:
     """The bytes of every weight, remainder and moment, read from their homes."""
+    engine.settle()
     found = {}
     for unit in engine.units:
         for slot in unit.slots:
@@ -80,11 +81,9 @@ def run_llama(
 ) -> Outcome:  # fmt: skip
     """Trains a tiny Llama in ``placement`` under tight caps, memory slots at random and freed memory poisoned."""
     model = tiny.llama(layers=layers, hidden=hidden, vocab=vocab, dtype=dtype)
-    caps = {} if placement == "device" else tiny.tight(model)
-    if accumulation > 1 and "host_memory" in caps:  # the fp32 accumulator
-        caps["host_memory"] = str(int(caps["host_memory"]) + 4 * sum(p.numel() for p in model.parameters()))
+    caps = {} if placement == "device" else tiny.tight(model, placement, accumulation=accumulation, direct=seed is None or seed % 2 == 0)
     config = tiny.config(placement, path, clip, accumulation, **(caps | options))
-    debug = None if seed is None else DebugMemory(random.Random(seed))
+    debug = None if seed is None else DebugMemory(random.Random(seed), through_host=bool(seed % 2))
     _, optimizer = tierflow.offload(model, config, debug_memory=debug)
     try:
         losses, norms = tiny.train(model, optimizer, steps, accumulation, vocab)

@@ -75,18 +75,35 @@ def weights(model) -> dict[str, torch.Tensor]:
     return out
 
 
-def tight(model: nn.Module, slack: float = 1.0) -> dict[str, str]:
+def tight(model: nn.Module, placement: str = "everything", slack: float = 1.0, accumulation: int = 1, direct: bool = True, **block) -> dict:
     """Caps so low that hardly a unit more than the running module's fits: nothing can be cached for long."""
-    from tierflow.offloading import _together
-    from tierflow.scheduler.units import ShardGeometry, partition
+    from tierflow.config import load_config
+    from tierflow.offloading import make_run
 
-    biggest = max(p.numel() * p.element_size() for p in model.parameters())
-    units = partition(model, max_bytes=2 * biggest)
-    size = {u.index: ShardGeometry().padded(u.numel) * u.dtype.itemsize for u in units}
-    together = max(sum(size[u.index] for u in group) for group in _together(model, units))
-    grads = sum(size.values())
-    device = int(max(together * (1 + slack), 8 * biggest)) + (1 << 16)
-    return {"device_memory": str(device), "host_memory": str(grads + 3 * max(size.values()) + (1 << 20))}
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+
+    def plan(caps: dict) -> object:
+        wanted = load_config(config(placement, "/", 0.0, accumulation, **(block | caps)))
+        return make_run(model, wanted, torch.device("cpu"), trained, None, direct=direct)
+
+    (units, _, _), caps = least(plan)
+    if any(k in caps and caps[k] != 4096 for k in ("device_memory",)):
+        caps["device_memory"] += int(slack * max(u.chunk.nbytes for u in units))
+    caps["host_memory"] += int(slack * 4 * 4096 * 12)
+    return {name: str(n) for name, n in caps.items()}
+
+
+def least(offer, **caps):
+    """(what ``offer(caps)`` gives under the least caps that fit, those caps)."""
+    from tierflow.scheduler.placement import DoesNotFit
+
+    caps = {"device_memory": 4096, "host_memory": 4096} | caps
+    for _ in range(8):  # how units are cut depends on the caps
+        try:
+            return offer(caps), caps
+        except DoesNotFit as error:
+            caps |= {f"{tier.value}_memory": need for tier, need in error.needed.items()}
+    raise AssertionError(caps)
 
 
 def _loop(model: nn.Module, optimizer, steps, after) -> list[float]:
@@ -116,8 +133,8 @@ def offloaded(model: nn.Module, steps, path, placement: str = "everything", seed
     import tierflow
     from tierflow.swap import DebugMemory
 
-    debug = None if seed is None else DebugMemory(random.Random(seed))
-    caps = tight(model) | options
+    debug = None if seed is None else DebugMemory(random.Random(seed), through_host=bool(seed % 2))
+    caps = tight(model, placement, direct=debug is None or not debug.through_host) | options
     _, optimizer = tierflow.offload(model, config(placement, path, **caps), debug_memory=debug)
     try:
         losses = _loop(model, optimizer, steps, optimizer.engine.manager.ledger.check)

@@ -9,7 +9,7 @@ from tierflow.finetune.evaluate import together
 from tierflow.finetune.meter import Meter
 from tierflow.finetune.plot import Occupancy, plot_run
 from tierflow.finetune.train import History
-from tierflow.scheduler.placement import MemoryPlan
+from tierflow.scheduler.plan import MemoryPlan
 from tierflow.swap import Tier
 
 

@@ -1,0 +1,79 @@
+"""One unit's update, cut into pieces that are read, computed and written independently."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import torch
+
+from tierflow.scheduler.gradients import GradSlot
+from tierflow.scheduler.rules import Rule
+from tierflow.scheduler.units import Unit
+from tierflow.swap import Chunk, Kind, Lease, Ticket, Tier
+
+STATE_KINDS = (Kind.PARAM, Kind.MASTER, Kind.EXP_AVG, Kind.EXP_AVG_SQ)
+
+Entry = tuple[GradSlot, Rule]
+
+
+@dataclass(eq=False)
+class Job:
+    """One unit's update: per slot its gradient and rule, or None where there is nothing to do."""
+
+    unit: Unit
+    entries: list[Entry | None]
+    speculative: bool = False  # to the second slot; see speculation.py
+    whole: bool = False  # the weights are wanted soon: brought up whole, and updated where they then are
+    tier: Tier | None = None  # where the weights are updated; None: staged in pieces like the states
+    begun: bool = False
+    held: bool = False  # the weights' copy is pinned, or will be as soon as it is there
+    cut: list[tuple[int, int]] = field(default_factory=list)  # spans of elements, a piece each
+    todo: list[tuple[int, int]] = field(default_factory=list)  # those that no piece was made of yet
+    computing: int = 0  # pieces whose kernel has not run
+    writing: int = 0  # pieces that have not ended
+    computed: bool = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether everything is where it belongs."""
+        return self.computed and not self.writing
+
+
+@dataclass(eq=False)
+class Piece:
+    """Elements [begin, end) of a unit: where each kind's bytes are, and what is under way for them."""
+
+    job: Job
+    begin: int
+    end: int
+    tensors: dict[Kind, torch.Tensor] = field(default_factory=dict)
+    before: dict[Kind, torch.Tensor] = field(default_factory=dict)  # memory for what is to be overwritten
+    staged: list[Kind] = field(default_factory=list)
+    scratch: Lease | None = None
+    reads: list[Ticket] = field(default_factory=list)
+    kernel: Future[None] | None = None
+    writes: list[Ticket] = field(default_factory=list)
+    fills: list[Ticket] = field(default_factory=list)  # to a device, where the compute waits for them
+
+
+def segments(job: Job, begin: int, end: int) -> Iterator[tuple[int, int, int, GradSlot, Rule]]:
+    """The parameters with a gradient that meet elements [begin, end): (low, high, slot offset, gradient, rule)."""
+    for slot, entry in zip(job.unit.slots, job.entries, strict=True):
+        low, high = max(begin, slot.offset), min(end, slot.offset + slot.numel)
+        if entry is not None and low < high:
+            yield low, high, slot.offset, entry[0], entry[1]
+
+
+def spans(job: Job, step: int, front: int = 0) -> list[tuple[int, int]]:
+    """Spans of at most ``step`` elements that hold anything to update, in order; none across element ``front``."""
+    numel = job.unit.chunk.numel
+    parts = [(0, front), (front, numel)]
+    cut = [(b, min(b + step, end)) for begin, end in parts for b in range(begin, end, step)]
+    return [span for span in cut if next(segments(job, *span), None) is not None]
+
+
+def kinds(unit: Unit) -> dict[Kind, Chunk]:
+    """What the update reads and writes of the unit, its gradient not included."""
+    return {kind: unit.chunks[kind] for kind in STATE_KINDS if kind in unit.chunks}

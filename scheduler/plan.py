@@ -1,0 +1,160 @@
+"""The memory plan: bytes per tier and kind, pools, pieces, and what it says when they do not fit.
+
+All figures are bytes. Everything here is arithmetic over sizes: no tensor is made and nothing allocated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tierflow.scheduler.homes import Homes, choose_homes, needs_of
+from tierflow.scheduler.placement import PIECE_ELEMENTS, PIECES, Caps, DoesNotFit, Placement
+from tierflow.scheduler.units import Unit
+from tierflow.swap import IO_BYTES, Chunk, Kind, Tier
+
+#: Endurance that the table relates the writes to: a common consumer drive's rating.
+TBW_BYTES = 600 * 10**12
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes per tier and kind, sizes of the pools, and NVMe traffic of one optimizer step."""
+
+    placement: Placement
+    homes: Homes
+    caps: Caps
+    resident: dict[tuple[Tier, Kind], int]
+    working: dict[Tier, int]
+    least: dict[Tier, int]  # of working memory, below which some module or piece could not run
+    piece_elements: int
+    pieces_in_flight: int
+    parameters: int
+    spare: int = 0  # second slots on NVMe, for updates that may be undone
+    nvme_read: int = 0
+    nvme_written: int = 0
+
+    def resident_bytes(self, tier: Tier) -> int:
+        """Bytes that stay in the tier for good."""
+        return sum(n for (t, _), n in self.resident.items() if t is tier)
+
+    def total(self, tier: Tier) -> int:
+        """All that tierflow takes of the tier: the arena's, or the store's, exact size."""
+        spare = self.spare if tier is Tier.NVME else 0
+        return self.resident_bytes(tier) + self.working.get(tier, 0) + spare
+
+    @property
+    def steps_to_tbw(self) -> float:
+        """Optimizer steps until TBW_BYTES are written, or infinity."""
+        return TBW_BYTES / self.nvme_written if self.nvme_written else float("inf")
+
+
+def second_slots(unit: Unit, homes: Homes) -> list[Chunk]:
+    """What an update of the unit overwrites, if it may run in the backward: its states are on NVMe, all of them."""
+    on_nvme = unit.trainable and homes.of(unit, Kind.EXP_AVG) is Tier.NVME and not homes.front.get(unit.index)
+    return [chunk for kind, chunk in unit.chunks.items() if kind is not Kind.GRAD] if on_nvme else []
+
+
+def make_plan(
+    units: list[Unit], placement: Placement, caps: Caps, together: list[list[Unit]], order: list[int],
+    speculative: bool = False,
+) -> MemoryPlan:  # fmt: skip
+    """The plan, or DoesNotFit with the table and the settings that would do; its NVMe traffic is still to be counted.
+
+    ``together``: sets of units that are pinned at once; ``order``: unit indices in order of use; ``speculative``: with
+    second slots.
+    """
+    homes = choose_homes(units, placement, caps, together, order)
+    needs = needs_of(homes, units, placement, together)
+    table = homes.resident(units)
+    spare = sum(c.nbytes for u in units for c in second_slots(u, homes)) if speculative else 0
+    stay = {t: sum(n for (tier, _), n in table.items() if tier is t) for t in Tier}
+    stay[Tier.NVME] += spare
+    least = {Tier.DEVICE: _whole(needs.device_min), Tier.HOST: _whole(needs.host_min), Tier.NVME: 0}
+    useful = {Tier.DEVICE: sum(u.chunk.nbytes for u in homes.streamed(units)), Tier.HOST: needs.host_good}
+    room = {t: caps.of(t) - stay[t] for t in Tier}
+    working = {t: max(least[t], min(_below(room[t]), _whole(useful[t]))) for t in (Tier.DEVICE, Tier.HOST)}
+    piece, depth = _pieces(working[Tier.HOST], needs.staged)
+    plan = MemoryPlan(
+        placement, homes, caps, table, working, least, piece, depth,
+        sum(s.numel for u in units for s in u.slots), spare,
+    )  # fmt: skip
+    short = {t: stay[t] + least[t] for t in Tier if stay[t] + least[t] > caps.of(t)}
+    over = {t: plan.total(t) for t, have in caps.machine.items() if plan.total(t) > have}
+    if short or over:
+        raise DoesNotFit(_explain(plan, short, over), short)
+    return plan
+
+
+def _whole(nbytes: int) -> int:
+    return -(-max(nbytes, 0) // IO_BYTES) * IO_BYTES
+
+
+def _below(nbytes: int) -> int:
+    return max(nbytes, 0) // IO_BYTES * IO_BYTES
+
+
+def _pieces(working: int, per_element: int) -> tuple[int, int]:
+    """(elements of a piece, pieces in flight) that fit the host working pool."""
+    if not per_element:
+        return PIECE_ELEMENTS, PIECES
+    for depth in (PIECES, 4, 2):
+        fit = working // (depth * per_element) // IO_BYTES * IO_BYTES
+        if fit >= min(PIECE_ELEMENTS, 1 << 18):
+            return min(fit, PIECE_ELEMENTS), depth
+    return max(working // (2 * per_element) // IO_BYTES * IO_BYTES, IO_BYTES), 2
+
+
+def _explain(plan: MemoryPlan, short: dict[Tier, int], over: dict[Tier, int]) -> str:
+    lines = ["the training state does not fit:", table_text(plan)]
+    names = {Tier.DEVICE: "device_memory", Tier.HOST: "host_memory", Tier.NVME: "nvme_capacity"}
+    for tier, need in short.items():
+        if tier not in over:
+            lines.append(
+                f"tierflow.{names[tier]} is {plan.caps.of(tier):,} bytes; at least {need:,} are needed: "
+                f'set "{names[tier]}": "{-(-need // 10**6)}MB" or more{_slower(plan, tier)}'
+            )
+    for tier, need in over.items():
+        lower = f" or lower tierflow.{names[tier]}" if tier not in short else ""
+        lines.append(
+            f"the machine has {plan.caps.machine[tier]:,} bytes of {tier.value} free and the plan takes {need:,}: "
+            f"free some{lower}{_slower(plan, tier)}"
+        )
+    return "\n".join(lines)
+
+
+def _slower(plan: MemoryPlan, tier: Tier) -> str:
+    """The remedy of moving what lives in the tier for good, where something does that can move."""
+    movable = {Kind.PARAM: "offload_param", Kind.EXP_AVG: "offload_optimizer"}
+    blocks = [block for kind, block in movable.items() if plan.resident.get((tier, kind))]
+    if tier is Tier.NVME or not blocks:
+        return ""
+    target = '"cpu" or "nvme"' if tier is Tier.DEVICE else '"nvme"'
+    return f", or set the device of zero_optimization.{' and '.join(blocks)} to {target}"
+
+
+def rows(plan: MemoryPlan) -> list[tuple[str, str, int]]:
+    """(tier, what, bytes) of every part of the plan, in tier order."""
+    out = []
+    for tier in Tier:
+        for kind in Kind:
+            if n := plan.resident.get((tier, kind)):
+                out.append((tier.name, kind.value, n))
+        if n := plan.working.get(tier, 0):
+            out.append((tier.name, "working (fetched units, staging)", n))
+    if plan.spare:
+        out.append((Tier.NVME.name, "second slots (updates to undo)", plan.spare))
+    return out
+
+
+def table_text(plan: MemoryPlan) -> str:
+    """The plan as plain text: bytes per tier and kind, the caps and what the machine has."""
+    lines = [f"{'tier':8}{'what':36}{'bytes':>18}"]
+    lines += [f"{tier:8}{what:36}{n:>18,}" for tier, what, n in rows(plan)]
+    for tier in Tier:
+        have = plan.caps.machine.get(tier)
+        free = "" if have is None else f", free on this machine {have:,}"
+        lines.append(f"{tier.name:8}{'total':36}{plan.total(tier):>18,}  cap {plan.caps.of(tier):,}{free}")
+    if plan.nvme_written:
+        lines.append(f"NVMe per step: {plan.nvme_read:,} bytes read, {plan.nvme_written:,} bytes written")
+        lines.append(f"{plan.steps_to_tbw:,.0f} steps to 600 TBW")
+    return "\n".join(lines)

@@ -1,0 +1,185 @@
+"""Carries one piece of an update: its bytes in, the kernel over them, its bytes out."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from tierflow.cpu_adam import kernels, reference
+from tierflow.scheduler.jobs import Job, Piece, kinds, segments
+from tierflow.scheduler.units import Unit
+from tierflow.swap import Chunk, Kind, Manager, Ticket, Tier
+from tierflow.swap.lanes import finish
+from tierflow.swap.manager import Victims
+
+#: Elements that torch's operators update at a time on an accelerator: their fp64 intermediates are that long.
+_DEVICE_ELEMENTS = 1 << 21
+
+
+class Stager:
+    """Moves pieces; decides nothing.
+
+    ``on_device``: whether the kernels can work on DEVICE memory (always so without an accelerator). ``worker``: kernels
+    run on a thread of their own, so that the caller goes on giving work to the accelerator meanwhile.
+    """
+
+    def __init__(self, manager: Manager, on_device: bool, worker: bool):
+        self.manager, self.on_device = manager, on_device
+        self.kernel_seconds = 0.0
+        self._worker = ThreadPoolExecutor(1, "tierflow-update") if worker else None
+
+    def in_place(self, chunk: Chunk) -> Tier | None:
+        """The tier whose copy the kernel can update where it is, if any."""
+        home = self.manager.home(chunk)
+        # DEVICE first: that copy serves the next forward
+        for tier in (Tier.DEVICE, Tier.HOST) if home is Tier.NVME else (home,):
+            if (tier is Tier.HOST or self.on_device) and self.manager.ledger.valid(chunk, tier):
+                return tier
+        return None
+
+    def front(self, unit: Unit) -> int:
+        """Elements of the unit's states that live in HOST ahead of the rest."""
+        chunk = unit.chunks[Kind.EXP_AVG]
+        found = self.manager.front(chunk)
+        return 0 if found is None else found.numel() // chunk.itemsize
+
+    def where(self, job: Job, begin: int = -1) -> dict[Kind, Tier | None]:
+        """Per kind: the tier in which its bytes from element ``begin`` on are updated in place, None where staged."""
+        in_front = 0 <= begin < self.front(job.unit)
+        found = {k: Tier.HOST if in_front else self.in_place(c) for k, c in kinds(job.unit).items()}
+        return found | {Kind.PARAM: job.tier}
+
+    def needs(self, piece: Piece) -> int:
+        """Bytes of staging memory."""
+        chunks = kinds(piece.job.unit)
+        staged = sum(chunks[k].itemsize for k, t in self.where(piece.job, piece.begin).items() if t is None)
+        kept = sum(chunks[k].itemsize for k in self._kept(piece.job))
+        return (staged + kept) * (piece.end - piece.begin)
+
+    def _kept(self, job: Job) -> list[Kind]:
+        """Kinds whose old values are in no other place while they are overwritten."""
+        chunks = kinds(job.unit) if job.speculative else {}
+        return [k for k, chunk in chunks.items() if self.manager.home(chunk) is not Tier.NVME]
+
+    def read(self, piece: Piece, victims: Victims) -> None:
+        """Leases staging memory and starts the reads. Raises CapacityError, with nothing taken."""
+        unit, offset = piece.job.unit, 0
+        need = self.needs(piece)
+        piece.scratch = self.manager.scratch(Tier.HOST, need, victims) if need else None
+        for kind, tier in self.where(piece.job, piece.begin).items():
+            chunk = unit.chunks[kind]
+            if tier is not None:
+                if kind is not Kind.PARAM:
+                    piece.tensors[kind] = self.flat(unit, kind, tier)[piece.begin : piece.end]
+                continue
+            assert piece.scratch is not None
+            nbytes, at = chunk.itemsize * (piece.end - piece.begin), chunk.itemsize * piece.begin
+            data = piece.scratch.bytes()[offset : offset + nbytes]
+            offset += nbytes
+            piece.tensors[kind] = data.view(dtype_of(unit, kind))
+            piece.staged.append(kind)
+            piece.reads.append(self._bring(chunk, data, at))
+        for kind in self._kept(piece.job):
+            assert piece.scratch is not None
+            nbytes = unit.chunks[kind].itemsize * (piece.end - piece.begin)
+            piece.before[kind] = piece.scratch.bytes()[offset : offset + nbytes].view(dtype_of(unit, kind))
+            offset += nbytes
+
+    def _bring(self, chunk: Chunk, data: torch.Tensor, at: int) -> Ticket:
+        home = self.manager.home(chunk)
+        if home is Tier.NVME:
+            return self.manager.read(chunk, data, at)
+        source = self.manager.memory(chunk, home).bytes()
+        self.manager.traffic.to_host += data.nbytes
+        return self.manager.lane.drain(data, source[at : at + data.nbytes])
+
+    def compute(self, piece: Piece) -> None:
+        """Starts the kernel over the piece, whose bytes are there."""
+        if piece.job.tier is not None:
+            weights = self.flat(piece.job.unit, Kind.PARAM, piece.job.tier)
+            piece.tensors[Kind.PARAM] = weights[piece.begin : piece.end]
+        if self._worker is not None:
+            piece.kernel = self._worker.submit(self._kernel, piece)
+            return
+        piece.kernel = Future()
+        self._kernel(piece)
+        piece.kernel.set_result(None)
+
+    def _kernel(self, piece: Piece) -> None:
+        began = time.perf_counter()
+        for kind, before in piece.before.items():
+            before.copy_(piece.tensors[kind])
+        for low, high, offset, grad, rule in segments(piece.job, piece.begin, piece.end):
+            part = {k: t[low - piece.begin : high - piece.begin] for k, t in piece.tensors.items()}
+            memory = grad.memory.view(-1)[low - offset : high - offset]
+            on_host = memory.device.type == "cpu"
+            step = kernels.adam_step if on_host else reference.adam_step
+            size = max(high - low, 1) if on_host else _DEVICE_ELEMENTS
+            for at in range(0, high - low, size):
+                here = {k: t[at : at + size] for k, t in part.items()}
+                step(
+                    here[Kind.PARAM], memory[at : at + size], here[Kind.EXP_AVG], here[Kind.EXP_AVG_SQ],
+                    master=here.get(Kind.MASTER), step=rule.step, lr=rule.lr, beta1=rule.beta1, beta2=rule.beta2,
+                    eps=rule.eps, weight_decay=rule.weight_decay, decoupled=rule.decoupled,
+                    maximize=rule.maximize, unscale=rule.unscale, clip=rule.clip,
+                )  # fmt: skip
+        self.kernel_seconds += time.perf_counter() - began
+
+    def write(self, piece: Piece) -> None:
+        """Starts writing what changed to the homes that are not where it was computed."""
+        manager, spare = self.manager, piece.job.speculative
+        for kind, data in piece.tensors.items():
+            chunk = piece.job.unit.chunks[kind]
+            at = chunk.itemsize * piece.begin
+            if kind in piece.before:
+                piece.writes.append(manager.write(chunk, piece.before[kind].view(torch.uint8), at, spare))
+            if manager.home(chunk) is Tier.NVME and (kind is Kind.PARAM or kind in piece.staged):
+                piece.writes.append(manager.write(chunk, data.view(torch.uint8), at, spare))
+            elif kind in piece.staged:
+                home = manager.memory(chunk, manager.home(chunk)).bytes()
+                manager.traffic.to_device += data.nbytes
+                piece.fills.append(manager.lane.fill(home[at : at + data.nbytes], data.view(torch.uint8)))
+
+    def release(self, piece: Piece) -> None:
+        """Gives the staging memory back; nothing of the piece is under way any more."""
+        piece.tensors.clear()
+        piece.before.clear()
+        if piece.scratch is not None:
+            self.manager.drop_scratch(Tier.HOST, piece.scratch)
+            piece.scratch = None
+
+    def restore(self, job: Job, kind: Kind, victims: Victims) -> None:
+        """Brings the old values of a kind that lives in memory back from its second slot."""
+        chunk, manager = job.unit.chunks[kind], self.manager
+        home = manager.memory(chunk, manager.home(chunk)).bytes()
+        for span in job.cut:
+            begin, end = (n * chunk.itemsize for n in span)
+            lease = manager.scratch(Tier.HOST, end - begin, victims)
+            try:
+                data = lease.bytes()[: end - begin]
+                finish(manager.read(chunk, data, begin, spare=True))
+                home[begin:end].copy_(data)
+            finally:
+                manager.drop_scratch(Tier.HOST, lease)
+        manager.wrote(chunk, manager.home(chunk))
+
+    def flat(self, unit: Unit, kind: Kind, tier: Tier) -> torch.Tensor:
+        """A whole kind of the unit in a memory tier, as a flat tensor."""
+        chunk = unit.chunks[kind]
+        front = self.manager.front(chunk)
+        data = self.manager.memory(chunk, tier).bytes()[: chunk.nbytes] if front is None else front
+        return data.view(dtype_of(unit, kind))
+
+    def close(self) -> None:
+        """Ends the kernels' thread."""
+        if self._worker is not None:
+            self._worker.shutdown()
+
+
+def dtype_of(unit: Unit, kind: Kind) -> torch.dtype:
+    """What a kind's bytes are."""
+    if kind is Kind.MASTER:
+        return torch.int16 if unit.chunks[kind].itemsize == 2 else torch.float32
+    return unit.dtype if kind is Kind.PARAM else torch.float32
