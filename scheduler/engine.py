@@ -21,6 +21,7 @@ from tierflow.scheduler.guard import EvictedParameterError, describe
 from tierflow.scheduler.hooks import ModelHooks, in_backward
 from tierflow.scheduler.placement import MemoryPlan
 from tierflow.scheduler.rules import Rule
+from tierflow.scheduler.scaling import Scaling
 from tierflow.scheduler.trace import Recorder
 from tierflow.scheduler.traffic import PREFETCH, default_order
 from tierflow.scheduler.units import Slot, Unit
@@ -69,6 +70,7 @@ class Engine:
         manager.on_move = lambda chunk, lease: self.binder.follow(self.units[chunk.unit], lease)
         manager.busy_aliases = self._aliased
         self.slots: dict[int, GradSlot] = {}
+        self.scaling = Scaling()
         self.step_counts: dict[int, int] = {}
         self._handles: list[Any] = []
         self.hooks: ModelHooks | None = None
@@ -97,11 +99,15 @@ class Engine:
         flat.zero_()
         for slot, p in zip(unit.slots, unit.params, strict=True):
             memory = flat[slot.offset : slot.offset + slot.numel].view(slot.shape)
-            grad = GradSlot(slot.names[0], p, memory, self.manager.lane)
+            grad = GradSlot(slot.names[0], p, memory, self.manager.lane, self.scaling)
             self.slots[id(p)] = grad
             self.step_counts[id(p)] = 0
             with raw():
                 self._handles.append(p.register_post_accumulate_grad_hook(weakly(grad)))
+
+    def keep(self, hook: Any) -> None:
+        """Takes over the handle of a hook, to remove it at the close."""
+        self._handles.append(hook)
 
     # ---- use of units
 
