@@ -118,7 +118,7 @@ class GradSlot:
 
     def unscaled(self, memory: torch.Tensor) -> torch.Tensor:
         """``memory`` (ours, or a view of it, settled) without the loss scale: itself, or an fp32 copy."""
-        return memory if self.loss_scale == 1.0 else memory.float().mul_(self.factor)
+        return memory if self.loss_scale == 1.0 else memory.to(torch.float32, copy=True).mul_(self.factor)
 
     def settle(self) -> torch.Tensor:
         """The memory with everything pending applied but the loss scale."""
