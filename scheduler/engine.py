@@ -16,18 +16,19 @@ from torch import nn
 from tierflow import aio
 from tierflow.scheduler.binding import Binder, raw
 from tierflow.scheduler.contents import follow_user, read_parameter, store_parameter, write_back
-from tierflow.scheduler.gradients import GradSlot, weakly
+from tierflow.scheduler.gradients import GradContext, GradSlot, weakly
 from tierflow.scheduler.guard import EvictedParameterError, describe
 from tierflow.scheduler.hooks import ModelHooks, in_backward
 from tierflow.scheduler.jobs import Job
 from tierflow.scheduler.placement import AHEAD
 from tierflow.scheduler.plan import MemoryPlan
 from tierflow.scheduler.rules import Rule
+from tierflow.scheduler.scaling import Scaling
+from tierflow.scheduler.speculation import PATIENCE, Speculation
+from tierflow.scheduler.stager import Stager
 from tierflow.scheduler.trace import Recorder
 from tierflow.scheduler.traffic import default_order
 from tierflow.scheduler.units import Slot, Unit
-from tierflow.scheduler.speculation import PATIENCE, Speculation
-from tierflow.scheduler.stager import Stager
 from tierflow.scheduler.update import UpdateQueue
 from tierflow.swap import CapacityError, Chunk, CopyState, Kind, Lease, Ledger, Manager, Tier, Traffic
 
@@ -79,6 +80,7 @@ class Engine:
         manager.on_move = lambda chunk, lease: self.binder.follow(self.units[chunk.unit], lease)
         manager.busy_aliases = self._aliased
         self.slots: dict[int, GradSlot] = {}
+        self.scaling = Scaling()
         self.step_counts: dict[int, int] = {}
         self._handles: list[Any] = []
         self.hooks: ModelHooks | None = None
@@ -110,27 +112,29 @@ class Engine:
         dtype = unit.dtype if chunk.itemsize == unit.dtype.itemsize else torch.float32
         flat = lease.bytes()[: chunk.nbytes].view(self.plan.placement.grad_dtype or dtype)
         flat.zero_()
+        context = GradContext(self.manager.lane, self.scaling, self._before_write, self._arrived)
         for slot, p in zip(unit.slots, unit.params, strict=True):
             memory = flat[slot.offset : slot.offset + slot.numel].view(slot.shape)
-            grad = GradSlot(slot.names[0], p, memory, self.manager.lane, self._before_write(unit), self._arrival(p))
+            grad = GradSlot(slot.names[0], p, memory, context)
             self.slots[id(p)] = grad
             self.step_counts[id(p)] = 0
             with raw():
                 self._handles.append(p.register_post_accumulate_grad_hook(weakly(grad)))
 
-    def _before_write(self, unit: Unit) -> Callable[[], None]:
-        """Called before a gradient's memory changes: an update that is due still needs it."""
+    def _before_write(self, slot: GradSlot) -> None:
+        """A gradient's memory is about to change, and an update that is due may still need it."""
+        unit = self._where[id(slot.param)][0]
+        if self.updates.pending(unit):
+            self._finish(unit)
 
-        def finish() -> None:
-            if self.updates.pending(unit):
-                self._finish(unit)
+    def _arrived(self, slot: GradSlot) -> None:
+        """A gradient was accumulated."""
+        if self.speculation is not None:
+            self.speculation.arrived(id(slot.param))
 
-        return finish
-
-    def _arrival(self, param: nn.Parameter) -> Callable[[], None]:
-        """Called when a gradient was accumulated."""
-        key = id(param)
-        return lambda: self.speculation.arrived(key) if self.speculation is not None else None
+    def keep(self, hook: Any) -> None:
+        """Takes over the handle of a hook, to remove it at the close."""
+        self._handles.append(hook)
 
     # ---- use of units
 

@@ -3,6 +3,11 @@
 A hook that took ``p.grad`` away would make ``clip_grad_norm_`` clip nothing and return 0, without a word. So
 ``p.grad`` is a wrapper tensor: AccumulateGrad's ``add_``, clipping, GradScaler, zeroing and any other operation
 act on the managed memory.
+
+[Note: loss scale] Under fp16 the memory holds gradients times the loss scale, since many would vanish in 16 bits
+without it. They stay so until the update kernel divides: micro-batches add up in scaled units, and whatever reads
+or changes a gradient through its handle computes on an unscaled fp32 copy, whose changes are scaled on their way
+back. So each user sees the gradient itself.
 """
 
 from __future__ import annotations
@@ -10,6 +15,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,27 +23,42 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from tierflow.cpu_adam.kernels import GradStats, grad_stats, intake
 from tierflow.scheduler.binding import raw
+from tierflow.scheduler.hooks import in_backward
+from tierflow.scheduler.scaling import Scaling
 from tierflow.swap import Ticket
 from tierflow.swap.lanes import DeviceLane, Take
 
 _aten = torch.ops.aten
 _SCALINGS = (_aten.mul_.Tensor, _aten.mul_.Scalar)
+_ZEROINGS = (_aten.zero_.default, _aten._foreach_zero_.default)
+
+
+@dataclass(eq=False)
+class GradContext:
+    """What the gradients of an engine have in common.
+
+    ``before_write``: called before a gradient's memory changes; ``arrived``: after one was accumulated.
+    """
+
+    lane: DeviceLane
+    scaling: Scaling = field(default_factory=Scaling)
+    before_write: Callable[[GradSlot], None] = lambda slot: None
+    arrived: Callable[[GradSlot], None] = lambda slot: None
 
 
 class GradSlot:
-    """One parameter's gradient: memory of ``param.shape``, its statistics, and a scale not yet applied."""
+    """One parameter's gradient: memory of ``param.shape``, its statistics, and factors not yet applied.
 
-    def __init__(
-        self, name: str, param: torch.Tensor, memory: torch.Tensor, lane: DeviceLane,
-        before_write: Callable[[], None] = lambda: None, arrived: Callable[[], None] = lambda: None,
-    ):  # fmt: skip
-        self.name, self.memory, self._before_write, self._arrived = name, memory, before_write, arrived
+    The gradient is ``memory * scale / loss_scale``: the user's factor, and [Note: loss scale].
+    """
+
+    def __init__(self, name: str, param: torch.Tensor, memory: torch.Tensor, context: GradContext):
+        self.name, self.memory, self.context = name, memory, context
         self.writes = 0  # how often the gradient has changed
         self._param = weakref.ref(param)  # param -> its grad, the handle -> this: no collector sees that cycle
-        self._lane = lane
         self._stats: GradStats | None = None
         self._transfer: Ticket | None = None
-        self.scale = 1.0
+        self.scale = self.loss_scale = 1.0
         self.norm_was_read = False
         self.user_scaled = False
         with raw():
@@ -50,16 +71,20 @@ class GradSlot:
         assert found is not None, f"{self.name} is gone"
         return found
 
-    def take(self, grad: torch.Tensor) -> None:
-        """The gradient is now ``grad`` (any device and dtype); its old content is overwritten."""
-        self._before_write()
+    def take(self, grad: torch.Tensor, loss_scale: float = 1.0) -> None:
+        """The gradient is now ``grad / loss_scale`` (any device and dtype); its old content is overwritten."""
+        self.context.before_write(self)
         self._reset_flags()
+        self.loss_scale = loss_scale
         self._intake(grad, accumulate=False)
 
-    def add(self, grad: torch.Tensor) -> None:
-        """Adds ``grad``, as ``tensor.add_`` would in the memory's dtype."""
-        self._before_write()
+    def add(self, grad: torch.Tensor, loss_scale: float = 1.0) -> None:
+        """Adds ``grad / loss_scale``, as ``tensor.add_`` would in the memory's dtype."""
+        self.context.before_write(self)
         self.settle()
+        if loss_scale != self.loss_scale:  # not zeroed since a step that moved the scale
+            self.memory.mul_(loss_scale / self.loss_scale)
+            self.loss_scale = loss_scale
         self._intake(grad, accumulate=True)
 
     def _intake(self, grad: torch.Tensor, accumulate: bool) -> None:
@@ -71,9 +96,9 @@ class GradSlot:
         elif grad.device.type == "cpu":
             self._kernel(grad, accumulate)
         elif accumulate or grad.dtype != self.memory.dtype:
-            self._transfer = self._lane.drain_pieces(grad.contiguous(), self._taker(accumulate))
+            self._transfer = self.context.lane.drain_pieces(grad.contiguous(), self._taker(accumulate))
         else:  # the 16 bits that the device made cross once, behind the backward
-            self._transfer = self._lane.drain(self.memory, grad.contiguous(), transient=True)
+            self._transfer = self.context.lane.drain(self.memory, grad.contiguous(), transient=True)
 
     def _kernel(self, grad: torch.Tensor, accumulate: bool) -> None:
         flat = grad.contiguous().view(-1)
@@ -101,11 +126,22 @@ class GradSlot:
         self._finish_transfer()
         self.scale, self.norm_was_read, self.user_scaled = 1.0, False, False
 
+    @property
+    def factor(self) -> float:
+        """What the memory is to be multiplied by: the user's scale over the loss scale, rounded to fp32 once."""
+        if self.loss_scale == 1.0:
+            return self.scale
+        return float(torch.tensor(self.scale / self.loss_scale, dtype=torch.float32))
+
+    def unscaled(self, memory: torch.Tensor) -> torch.Tensor:
+        """``memory`` (ours, or a view of it, settled) without the loss scale: itself, or an fp32 copy."""
+        return memory if self.loss_scale == 1.0 else memory.to(torch.float32, copy=True).mul_(self.factor)
+
     def settle(self) -> torch.Tensor:
-        """The memory with everything pending applied."""
+        """The memory with everything pending applied but the loss scale."""
         self._finish_transfer()
         if self.scale != 1.0:
-            self._before_write()
+            self.context.before_write(self)
             self.writes += 1
             self.memory.mul_(self.scale)
             self.scale, self._stats = 1.0, None
@@ -132,13 +168,14 @@ class GradSlot:
         self.writes += 1
 
     def stats(self) -> GradStats:
-        """Sum of squares and finiteness of the gradient; a scale that the kernel is to apply is included."""
+        """Sum of squares and finiteness of the gradient; the factor that the kernel is to apply is included."""
         self._finish_transfer()
         if self._stats is None:
             self._stats = _stats_of(self.memory)
-        if self.scale == 1.0:
+        factor = self.factor
+        if factor == 1.0:
             return self._stats
-        return GradStats(self._stats.sum_squares * self.scale**2, self._stats.finite and math.isfinite(self.scale))
+        return GradStats(self._stats.sum_squares * factor**2, self._stats.finite and math.isfinite(factor))
 
     def present(self) -> bool:
         """Whether the parameter has a managed gradient now."""
@@ -168,9 +205,10 @@ class GradSlot:
             if grad.is_sparse:
                 raise RuntimeError(f"parameter {self.name!r} has a sparse gradient, which tierflow does not support")
             if grad is not self.handle:
-                self.take(grad)
+                self.param.grad = None  # of an unscaled backward nothing stays
+                self.take(grad, self.context.scaling.of_backward(self.name))
                 self.param.grad = self.handle
-        self._arrived()
+        self.context.arrived(self)
 
 
 def weakly(slot: GradSlot) -> Callable[[torch.Tensor], None]:
@@ -216,14 +254,17 @@ class ManagedGrad(torch.Tensor):
         if _record_scale(func, args):
             return args[0]
         if func is _aten.add_.Tensor and _is_whole(args[0]) and not kwargs and _same_kind(args[0], args[1]):
-            args[0]._slot.add(args[1])
-            return args[0]
+            slot = args[0]._slot
+            loss_scale = slot.context.scaling.of_backward(slot.name) if in_backward() else 1.0
+            if in_backward() or slot.loss_scale == 1.0:
+                slot.add(args[1], loss_scale)
+                return args[0]
         return _on_memory(func, args, kwargs or {})
 
     def materialize(self) -> torch.Tensor:
         """A copy of the gradient as an ordinary tensor on the parameter's device."""
         self._slot.settle()
-        return self._memory.to(device=self.device, dtype=self.dtype, copy=True)
+        return self._slot.unscaled(self._memory).to(device=self.device, dtype=self.dtype, copy=True)
 
     def numpy(self, *, force: bool = False) -> Any:
         """A copy as a numpy array."""
@@ -289,13 +330,17 @@ def _on_memory(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     handles = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, ManagedGrad)]
     first = handles[0]
     moved: list[tuple[torch.Tensor, torch.Tensor]] = []
+    as_they_are = func in _ZEROINGS or _makes_views(func)
+    data: dict[int, torch.Tensor] = {}
 
     def unwrap(value: Any) -> Any:
         if isinstance(value, ManagedGrad):
             value._slot.settle()
             if "norm" in func._schema.name:
                 value._slot.norm_was_read = True
-            return value._memory
+            if id(value) not in data:
+                data[id(value)] = value._memory if as_they_are else value._slot.unscaled(value._memory)
+            return data[id(value)]
         if isinstance(value, torch.Tensor) and value.device != first._memory.device:
             here = value.to(first._memory.device)
             moved.append((value, here))
@@ -304,29 +349,45 @@ def _on_memory(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
     if func._schema.is_mutable:
         for handle in handles:
-            handle._slot._before_write()
+            handle._slot.context.before_write(handle._slot)
     result = func(*tree_map(unwrap, args), **tree_map(unwrap, kwargs))
     if func._schema.is_mutable:
-        for handle in handles:
+        for handle in _written(func, args, kwargs):
+            if data[id(handle)] is not handle._memory:
+                handle._memory.copy_(data[id(handle)].mul(handle._slot.loss_scale))
             handle._slot.changed()
         for there, here in moved:  # an argument such as GradScaler's found_inf was written on this side
             there.copy_(here)
-    return _wrap(result, args, handles, first)
+    # a dtype that was asked for is the result's; else it has the gradient's where it was computed in the memory's
+    own = None if kwargs.get("dtype") is not None else data[id(first)].dtype
+    return _wrap(result, handles, data, own)
 
 
-def _wrap(result: Any, args: tuple[Any, ...], handles: list[ManagedGrad], first: ManagedGrad) -> Any:
+def _makes_views(func: Any) -> bool:
+    """Whether results share memory with arguments that ``func`` does not write."""
+    return any(a.alias_info is not None and not a.alias_info.is_write for a in func._schema.arguments)
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[ManagedGrad]:
+    named = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+    written = [named.get(a.name) for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [a for a in tree_flatten(written)[0] if isinstance(a, ManagedGrad)]
+
+
+def _wrap(result: Any, handles: list[ManagedGrad], data: dict[int, torch.Tensor], own: torch.dtype | None) -> Any:
+    first = handles[0]
     leaves, spec = tree_flatten(result)
     for i, leaf in enumerate(leaves):
         if not isinstance(leaf, torch.Tensor):
             continue
-        same = next((h for h in handles if leaf is h._memory), None)
+        same = next((h for h in handles if leaf is data[id(h)]), None)
         owner = next((h for h in handles if _shares(leaf, h._memory)), None)
         if same is not None:
             leaves[i] = same
         elif owner is not None:
             leaves[i] = ManagedGrad(owner._slot, leaf, first.dtype, first.device)
         else:
-            dtype = first.dtype if leaf.dtype == first._memory.dtype else leaf.dtype
+            dtype = first.dtype if leaf.dtype == own else leaf.dtype
             leaves[i] = leaf.to(device=first.device, dtype=dtype)
     return tree_unflatten(leaves, spec)
 

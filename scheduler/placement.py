@@ -12,6 +12,7 @@ import torch
 from tierflow.scheduler.units import Unit
 from tierflow.swap import IO_BYTES, Kind, Tier
 
+
 @dataclass(frozen=True)
 class Placement:
     """The tier in which each kind lives, and the state format ("fp32" or "lossless")."""

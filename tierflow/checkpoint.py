@@ -137,6 +137,11 @@ def _stream(engine: Engine, unit: Unit, slot: Slot, kind: Kind) -> Iterator[torc
 
 def _restore(engine: Engine, unit: Unit, slot: Slot, kind: Kind, tensor: torch.Tensor) -> None:
     chunk = unit.chunks[kind]
+    if kind is Kind.PARAM and tensor.dtype != unit.dtype:
+        raise WeightsError(
+            f"tensor {_key(slot, kind)!r} was saved as {str(tensor.dtype)[6:]} and is {str(unit.dtype)[6:]} in this run: "
+            "resume with the bf16.enabled and fp16.enabled that it was saved with"
+        )
     data = tensor.contiguous().view(-1).view(torch.uint8)
     if data.nbytes != slot.numel * chunk.itemsize:
         raise WeightsError(f"tensor {_key(slot, kind)!r} has {data.nbytes} bytes, {slot.numel * chunk.itemsize} expected")

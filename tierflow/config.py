@@ -23,6 +23,7 @@ from tierflow.config_models import (
     Bf16Block,
     Block,
     DataTypesBlock,
+    Fp16Block,
     Number,
     OptimizerBlock,
     Positive,
@@ -48,6 +49,7 @@ class Config(Block):
     #: 0.0 is off; None is "auto": the training loop's own affair.
     gradient_clipping: Number | None = 0.0
     bf16: Bf16Block = Bf16Block()
+    fp16: Fp16Block = Fp16Block()
     data_types: DataTypesBlock = DataTypesBlock()
     optimizer: OptimizerBlock | None = None
     scheduler: SchedulerBlock | None = None
@@ -192,8 +194,20 @@ _SPEED = ("none", "cpu", "nvme")
 
 
 def _contradictions(config: Config) -> Iterator[str]:
-    for check in (_check_stage, _check_order, _check_paths, _check_adam, _check_threads):
+    for check in (_check_half, _check_stage, _check_order, _check_paths, _check_adam, _check_threads):
         yield from check(config)
+
+
+def _check_half(config: Config) -> Iterator[str]:
+    fp16 = config.fp16
+    if fp16.enabled and config.bf16.enabled:
+        yield "fp16.enabled and bf16.enabled are both true: the model has one dtype, so set one of them to false"
+    if fp16.enabled and not fp16.loss_scale and 2.0**fp16.initial_scale_power < fp16.min_loss_scale:
+        yield (
+            f"fp16.initial_scale_power is {fp16.initial_scale_power}, so the scale would start at "
+            f"{show(2.0**fp16.initial_scale_power)}, below fp16.min_loss_scale, {show(fp16.min_loss_scale)}: raise the one or "
+            "lower the other"
+        )
 
 
 def _check_stage(config: Config) -> Iterator[str]:

@@ -84,6 +84,17 @@ _ARITHMETIC = [
               "2-norm of all gradients"),
     _honoured("bf16.enabled", 'true, false or "auto" (the dtype that the model has)', "false",
               note="true casts the model to bf16 as it is placed; false leaves its dtype alone"),
+    _honoured("fp16.enabled", 'true, false or "auto" (off)', "false",
+              note="true casts the model to fp16 over fp32 masters and scales the loss: call optimizer.backward(loss)"),
+    _honoured("fp16.loss_scale", 'a number of 0 or more, or "auto"', "0.0",
+              note="0: dynamic; above: constant, and a gradient that is not finite raises"),
+    _honoured("fp16.initial_scale_power", 'a whole number from 0 to 127, or "auto"', "16", "the scale starts at 2 to this"),
+    _honoured("fp16.loss_scale_window", _POSITIVE, "1000", "steps without overflow", "after so many the scale doubles"),
+    _honoured("fp16.hysteresis", _POSITIVE, "2", "overflows", "that many until the scale is halved"),
+    _honoured("fp16.consecutive_hysteresis", BOOL, "false",
+              note="true counts overflows anew after every good step, false after the scale has doubled"),
+    _honoured("fp16.min_loss_scale", 'a number above 0, or "auto"', "1.0", note="an overflow there raises"),
+    _honoured("fp16.auto_cast", BOOL, "false", note="true casts floating-point inputs of the model to fp16"),
     _honoured("data_types.grad_accum_dtype", '"fp32", "bf16", "fp16", null or "auto"',
               "fp32 with accumulation, else the parameter's"),
 ]
@@ -192,13 +203,8 @@ _AIO = [
     Key("aio.io_backend", Role.UNUSED, TEXT, note="tierflow.engine chooses the I/O engine"),
 ]
 
-_FP16_OFF = ""  # they belong to fp16, which is off: nothing to list
-_FP16 = [
-    _refused("fp16.enabled", BOOL, (False,), "dynamic loss scaling is not available yet; train in bf16 (bf16.enabled) or "
-             "fp32, or put torch.amp.GradScaler around the loop yourself"),
-    *_many(Role.UNUSED, "fp16", NUMBER, "loss_scale initial_scale_power loss_scale_window hysteresis min_loss_scale",
-           _FP16_OFF),
-    *_many(Role.UNUSED, "fp16", BOOL, "auto_cast consecutive_hysteresis fused_mode", _FP16_OFF),
+_HALF = [
+    *_many(Role.UNUSED, "fp16", BOOL, "fused_mode", "the update runs in tierflow's own kernels"),
     _refused("fp16.fp16_master_weights_and_grads", BOOL, (False,), "fp16 master weights would lose bits; leave it out"),
     *_many(Role.UNUSED, "bf16", BOOL, "immediate_grad_update", "gradients accumulate as they arrive"),
     *_many(Role.UNUSED, "bf16", BOOL, "check_grad_overflow",
@@ -206,7 +212,7 @@ _FP16 = [
     *[_refused(f"bf16.{name}", BOOL, (False,), "masters and moments in bf16 lose bits and are not available yet; leave it "
                "out, or see tierflow.optimizer_state")
       for name in ("bf16_master_weights_and_grads", "bf16_optimizer_states")],
-    *[_refused(f"data_types.{name}", TEXT, (), "use bf16.enabled, or give the model the dtype you want")
+    *[_refused(f"data_types.{name}", TEXT, (), "use bf16.enabled or fp16.enabled, or give the model the dtype you want")
       for name in ("param_dtype", "buffer_dtype")],
 ]
 
@@ -290,7 +296,7 @@ KEYS: dict[str, Key] = {
         *_PLACES,
         *_AIO,
         *_ZERO_KEYS,
-        *_FP16,
+        *_HALF,
         *_REST,
     ]
 }

@@ -113,6 +113,19 @@ class Bf16Block(Block):
     enabled: bool | None = False
 
 
+class Fp16Block(Block):
+    """``enabled`` casts the model to fp16 and scales the loss; ``loss_scale`` 0 is dynamic. None (auto) is off."""
+
+    enabled: bool | None = False
+    auto_cast: bool = False
+    loss_scale: Number = 0.0
+    initial_scale_power: Annotated[Whole, Field(ge=0, le=127)] = 16
+    loss_scale_window: Positive = 1000
+    hysteresis: Positive = 2
+    consecutive_hysteresis: bool = False
+    min_loss_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+
+
 class DataTypesBlock(Block):
     """``grad_accum_dtype``: of the host's gradient accumulator; None is fp32 with accumulation."""
 

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from tierflow.config import Config, ConfigError, load_config
 from tierflow.fill import Source, fill, from_model
+from tierflow.loss_scale import LossScale
 from tierflow.optimizer import DEFAULTS, OffloadOptimizer, check_group, groups_of
 from tierflow.scheduler.engine import Engine, build_manager
 from tierflow.scheduler.homes import STATES
@@ -75,8 +77,11 @@ def offload(
         log.info(table_text(plan))
     engine = _build(model, units, plan, settings, source or from_model, debug_memory)
     _cast(model, cfg)
+    if cfg.fp16.enabled and cfg.fp16.auto_cast:
+        engine.keep(model.register_forward_pre_hook(_cast_inputs, with_kwargs=True))
     groups = [g | {"params": [p for p in g["params"] if p.requires_grad]} for g in groups]
-    result = OffloadOptimizer(engine, groups, cfg.gradient_clipping or 0.0)
+    scale = LossScale.of(cfg.fp16) if cfg.fp16.enabled else None
+    result = OffloadOptimizer(engine, groups, cfg.gradient_clipping or 0.0, scale)
     model._tierflow_engine = engine  # type: ignore[assignment]
     return model, result
 
@@ -141,14 +146,29 @@ def optimizer_settings(cfg: Config) -> dict[str, Any]:
     return params
 
 
+def _half(cfg: Config) -> torch.dtype | None:
+    """The dtype that the config casts the model to, if any."""
+    if cfg.bf16.enabled:
+        return torch.bfloat16
+    return torch.float16 if cfg.fp16.enabled else None
+
+
 def _cast(model: nn.Module, cfg: Config) -> None:
-    """Buffers follow ``bf16.enabled`` at once; parameters are cast one by one while they are placed."""
-    if not cfg.bf16.enabled:
+    """Buffers follow ``bf16.enabled`` or ``fp16.enabled`` at once; parameters are cast one by one while they are placed."""
+    dtype = _half(cfg)
+    if dtype is None:
         return
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_floating_point() and not buffer.is_meta:
-                module._buffers[name] = buffer.to(torch.bfloat16)
+                module._buffers[name] = buffer.to(dtype)
+
+
+def _cast_inputs(_model: nn.Module, args: Any, kwargs: Any) -> Any:
+    def cast(value: Any) -> Any:
+        return value.half() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    return tree_map(cast, (args, kwargs))
 
 
 def make_run(
@@ -204,10 +224,11 @@ def _units(model: nn.Module, cfg: Config, trained: set[int], limit: int | None) 
     finally:
         for p in frozen:
             p.requires_grad_(True)
-    if cfg.bf16.enabled:
+    dtype = _half(cfg)
+    if dtype is not None:
         for unit in units:
             if unit.dtype.is_floating_point:
-                unit.dtype = torch.bfloat16
+                unit.dtype = dtype
     return units
 
 

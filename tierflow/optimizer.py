@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from tierflow.loss_scale import LossScale, ScaleAtMinimum
 from tierflow.scheduler.engine import Engine
 from tierflow.scheduler.gradients import GradSlot
 from tierflow.scheduler.rules import Rule
+
+log = logging.getLogger("tierflow")
 
 #: What a param group that leaves a key out has: torch.optim.AdamW's own.
 DEFAULTS: dict[str, Any] = {
@@ -25,10 +29,10 @@ DEFAULTS: dict[str, Any] = {
 class NonFiniteGradient(FloatingPointError):
     """A gradient holds infinity or NaN; no weight or state was changed."""
 
-    def __init__(self, step: int, parameter: str):
+    def __init__(self, step: int, parameter: str, why: str = ""):
         self.step, self.parameter = step, parameter
         super().__init__(
-            f"optimizer step {step}: the gradient of {parameter!r} is not finite; nothing was updated. Lower the "
+            f"optimizer step {step}: the gradient of {parameter!r} is not finite{why}; nothing was updated. Lower the "
             "learning rate, clip (gradient_clipping), or look for a NaN loss or bad data in this batch"
         )
 
@@ -39,14 +43,61 @@ class OffloadOptimizer(torch.optim.Optimizer):
     ``param_groups`` are live for LR schedulers. ``state`` stays empty and ``state_dict()`` is a cheap manifest of
     groups and step counts: states are saved by ``tierflow.save_checkpoint``. ``step()`` raises NonFiniteGradient
     before anything changes, and whatever a transfer raised.
+
+    ``scale`` is there under ``fp16``: ``backward`` applies it, gradients and norms are without it, and while it is
+    dynamic a gradient that is not finite makes ``step()`` skip the update instead of raising. ``overflow`` says
+    whether the last step was skipped (an LR scheduler should then not advance), ``skipped_steps`` counts them.
     """
 
-    def __init__(self, engine: Engine, groups: list[dict[str, Any]], gradient_clipping: float = 0.0):
+    def __init__(
+        self,
+        engine: Engine,
+        groups: list[dict[str, Any]],
+        gradient_clipping: float = 0.0,
+        scale: LossScale | None = None,
+    ):
         self.engine = engine
         self.gradient_clipping = gradient_clipping
+        self.scale = scale
         self.steps_taken = 0
+        self.skipped_steps = 0
+        self.overflow = False
         self.last_grad_norm: float | None = None
+        engine.scaling.factor = None if scale is not None else 1.0
         super().__init__(groups, dict(DEFAULTS))
+
+    @property
+    def loss_scale(self) -> float:
+        """What ``backward`` multiplies the loss by; 1.0 without ``fp16``."""
+        return 1.0 if self.scale is None else self.scale.scale
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """torch.amp.GradScaler asks before it steps: the one place to tell it that the loss is scaled already."""
+        if self.scale is not None:
+            raise RuntimeError(
+                "torch.amp.GradScaler and fp16.enabled both scale the loss: leave out the GradScaler and call "
+                "optimizer.backward(loss) and optimizer.step(), or leave out the fp16 block"
+            )
+        return False
+
+    def backward(self, loss: torch.Tensor, retain_graph: bool = False) -> None:
+        """``loss.backward()``, with the loss scale under ``fp16``. ``loss``: of one element.
+
+        Hooks that run inside the backward see gradients times the scale; ``p.grad`` afterwards is without it.
+        """
+        self.engine.usable()
+        if self.scale is None:
+            loss.backward(retain_graph=retain_graph)
+            return
+        for slot in self.engine.slots.values():
+            if not slot.present():
+                slot.collect()  # assigned by the loop: this backward may not add scaled to unscaled
+        self.engine.scaling.factor = self.scale.scale
+        try:
+            (loss.float() * self.scale.scale).backward(retain_graph=retain_graph)
+        finally:
+            self.engine.scaling.factor = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters that the model had, trainable, when it was offloaded."""
@@ -66,21 +117,28 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Updates every parameter that has a gradient. ``closure`` is called first, with grad enabled."""
+        """Updates every parameter that has a gradient. ``closure`` is called first, with grad enabled.
+
+        Under a dynamic loss scale an overflow lowers the scale and changes nothing else (see ``overflow``).
+        """
         self.engine.usable()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         slots = self.engine.managed_grads()
-        clip = self._clip_factor(slots)
-        rules = self._rules(clip)
-        self.engine.update(rules, [s for s in slots if id(s.param) in rules])
+        if self.gradient_clipping and any(s.user_scaled and s.norm_was_read for s in slots):
+            raise RuntimeError(
+                "gradients were clipped by the training loop and gradient_clipping is set too: remove one of the two"
+            )
+        bad = next((s.name for s in slots if not s.stats().finite), None)
+        self.overflow = bad is not None
+        if bad is not None:
+            self._skip(bad)
+        else:
+            self._update(slots)
         for slot in slots:
-            if id(slot.param) in rules:
-                self.engine.step_counts[id(slot.param)] += 1
-                slot.updated()
-        self.steps_taken += 1
+            slot.updated()
         return loss
 
     def expect_step(self) -> None:
@@ -91,16 +149,38 @@ class OffloadOptimizer(torch.optim.Optimizer):
         if self.engine.speculation is not None:
             self.engine.speculation.start(self._rules(1.0))
 
+    def _update(self, slots: list[GradSlot]) -> None:
+        rules = self._rules(self._clip_factor(slots))
+        ready = [s for s in slots if id(s.param) in rules]
+        self.engine.update(rules, ready)
+        for slot in ready:
+            self.engine.step_counts[id(slot.param)] += 1
+        self.steps_taken += 1
+        if self.scale is not None:
+            self.scale.update(overflow=False)
+
+    def _skip(self, parameter: str) -> None:
+        """Lowers the loss scale for a gradient that is not finite; raises NonFiniteGradient where none can be lowered."""
+        self.engine.refuse()
+        step, scale = self.steps_taken + 1, self.scale
+        if scale is None or not scale.dynamic:
+            why = f" at the constant fp16.loss_scale {scale.scale:g}" if scale is not None else ""
+            raise NonFiniteGradient(step, parameter, why)
+        before = scale.scale
+        try:
+            scale.update(overflow=True)
+        except ScaleAtMinimum as error:
+            raise NonFiniteGradient(step, parameter, f" and {error}") from error
+        self.skipped_steps += 1
+        self.last_grad_norm = self.engine.report.grad_norm = None
+        log.info(
+            "step skipped: the gradient of %r is not finite at loss scale %g; the scale is now %g",
+            parameter, before, scale.scale,
+        )  # fmt: skip
+        self.engine.update({}, [])  # a step without an update ends here for the engine
+
     def _clip_factor(self, slots: list[GradSlot]) -> float:
         """The factor for ``gradient_clipping``, as torch's clip_grad_norm_ computes it in fp32."""
-        if self.gradient_clipping and any(s.user_scaled and s.norm_was_read for s in slots):
-            raise RuntimeError(
-                "gradients were clipped by the training loop and gradient_clipping is set too: remove one of the two"
-            )
-        for slot in slots:
-            if not slot.stats().finite:
-                self.engine.refuse()
-                raise NonFiniteGradient(self.steps_taken + 1, slot.name)
         self.last_grad_norm = self.engine.grad_norm(slots)
         self.engine.report.grad_norm = self.last_grad_norm
         if not self.gradient_clipping:
@@ -117,19 +197,21 @@ class OffloadOptimizer(torch.optim.Optimizer):
                 rules[id(p)] = Rule(
                     self.engine.step_counts[id(p)] + 1, float(group["lr"]), float(beta1), float(beta2),
                     group["eps"], group["weight_decay"], group["decoupled_weight_decay"], group["maximize"],
-                    slot.scale, clip,
+                    slot.factor, clip,
                 )  # fmt: skip
         return rules
 
     def state_dict(self) -> dict[str, Any]:
-        """Groups and step counts; no state tensor is read."""
+        """Groups, step counts and the loss scale; no state tensor is read."""
         manifest = super().state_dict()
         counts = [self.engine.step_counts[id(p)] for g in self.param_groups for p in g["params"]]
         manifest["tierflow"] = {"steps_taken": self.steps_taken, "step_counts": counts}
+        if self.scale is not None:
+            manifest["tierflow"] |= {"skipped_steps": self.skipped_steps, "loss_scale": self.scale.state_dict()}
         return manifest
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes groups and step counts from a manifest. Raises ValueError for a state dict of another optimizer."""
+        """Takes groups, step counts and the loss scale from a manifest. Raises ValueError for a state dict of another optimizer."""
         if "tierflow" not in state_dict:
             raise ValueError(
                 "this is not a manifest of a tierflow optimizer: states are restored with tierflow.load_checkpoint"
@@ -141,6 +223,9 @@ class OffloadOptimizer(torch.optim.Optimizer):
         for p, count in zip(params, mine["step_counts"], strict=True):
             self.engine.step_counts[id(p)] = count
         self.steps_taken = mine["steps_taken"]
+        self.skipped_steps = mine.get("skipped_steps", 0)
+        if self.scale is not None:
+            self.scale.load_state_dict(mine.get("loss_scale", {}))
 
     def close(self) -> None:
         """Gives all memory and disk back; the model's parameters hold no data afterwards."""

@@ -143,3 +143,26 @@ def test_env_says_what_there_is() -> None:
     for part in ("torch", "io_uring", "update kernels", "host memory"):
         assert part in done.stdout
     assert torch.__version__.split("+")[0] in done.stdout
+
+
+def test_fp16_says_its_scale_and_what_it_skipped(folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    fp16 = {"enabled": True, "initial_scale_power": 20, "hysteresis": 1}
+    c = config(tmp_path / "c.json", fp16=fp16, gradient_accumulation_steps=2)
+    done = run(folder, whole, "--config", c, "--steps", "12", "--schedule", "linear")
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = json.loads((whole / "metrics.json").read_text())["steps"]
+    skipped = [s["skipped"] for s in steps]
+    assert skipped[0] and not all(skipped)
+    assert done.stdout.count("SKIPPED") == sum(skipped) and "scale 1.04858e+06  SKIPPED" in done.stdout
+    scale, taken = 2.0**20, 0
+    for step in steps:  # the schedule follows the steps that were taken
+        assert step["loss_scale"] == scale and step["lr"] == pytest.approx(5e-3 * (1 - taken / 12))
+        scale, taken = (scale / 2, taken) if step["skipped"] else (scale, taken + 1)
+    assert run(folder, parts, "--config", c, "--steps", "12", "--schedule", "linear", "--save-every", "5").returncode == 0
+    again = run(folder, parts, "--config", c, "--steps", "12", "--schedule", "linear", "--resume")
+    assert again.returncode == 0 and "at step 11" in again.stdout, again.stdout + again.stderr
+    a, b = (load_file(p / "model.safetensors") for p in (whole, parts))
+    assert tiny.same(a, b) and all(t.dtype == torch.float16 for t in a.values())

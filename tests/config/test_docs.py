@@ -26,7 +26,7 @@ def rows(role: Role) -> list[str]:
         return ["| key | why, and what to do |", "| --- | --- |", *[f"| `{k.path}` | {cell(k.note)} |" for k in keys]]
     reasons: dict[str, list[str]] = {}
     for key in keys:
-        reasons.setdefault(key.note or "belongs to fp16, which is off", []).append(f"`{key.path}`")
+        reasons.setdefault(key.note, []).append(f"`{key.path}`")
     lines = [f"| {', '.join(names)} | {cell(reason)} |" for reason, names in reasons.items()]
     return ["| keys | why |", "| --- | --- |", *lines]
 

@@ -70,6 +70,15 @@ def test_a_dotted_key_is_not_taken_for_a_path() -> None:
         ("train_batch_size", True),
         ("bf16.enabled", 1),
         ("bf16.enabled", "true"),
+        ("fp16.loss_scale", -1),
+        ("fp16.loss_scale", True),
+        ("fp16.initial_scale_power", 128),
+        ("fp16.initial_scale_power", -1),
+        ("fp16.loss_scale_window", 0),
+        ("fp16.hysteresis", 0),
+        ("fp16.min_loss_scale", 0),
+        ("fp16.min_loss_scale", float("inf")),
+        ("fp16.auto_cast", "yes"),
         ("data_types.grad_accum_dtype", "int8"),
         ("optimizer.type", 5),
         ("optimizer.params.lr", "1e-5"),
@@ -171,6 +180,12 @@ def zero(**keys: Any) -> dict[str, Any]:
         ({"optimizer": {"type": "AdamW", "params": {"adam_w_mode": False}}}, ["adam_w_mode", '"Adam"']),
         ({"aio": {"thread_count": 2, "intra_op_parallelism": 4}}, ["thread_count", "intra_op_parallelism"]),
         ({"bf16": {}, "bfloat16": {}}, ["bfloat16", "keep bf16"]),
+        ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, ["fp16.enabled", "bf16.enabled", "both true"]),
+        (
+            {"fp16": {"enabled": True, "initial_scale_power": 2, "min_loss_scale": 5}},
+            ["fp16.initial_scale_power is 2", "at 4", "fp16.min_loss_scale, 5"],
+        ),
+        ({"fp16": {"fp16_master_weights_and_grads": True}}, ["fp16_master_weights_and_grads", "refuses", "lose bits"]),
     ],
 )
 def test_keys_that_contradict_each_other(source: dict[str, Any], words: list[str]) -> None:

@@ -253,3 +253,10 @@ def test_any_values_give_a_config_or_a_config_error(entries: list[tuple[str, Any
     else:
         assert load_config(json.loads(json.dumps(cfg.resolved()))).resolved() == cfg.resolved()
         cfg.ignored_notes()
+
+
+def test_fp16_that_is_off_asks_nothing_of_its_other_keys() -> None:
+    for enabled in (False, "auto"):
+        block = {"enabled": enabled, "initial_scale_power": 2, "min_loss_scale": 5, "auto_cast": True}
+        cfg = load_config({"fp16": block, "bf16": {"enabled": True}})
+        assert not cfg.fp16.enabled and cfg.bf16.enabled and cfg.ignored_notes() == []

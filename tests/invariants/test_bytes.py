@@ -115,7 +115,7 @@ def test_states_are_split_between_host_and_nvme_by_bytes(tmp_path: Path, share: 
 def tight_caps(layers: int, dtype: torch.dtype, device_layers: float, host_layers: float) -> dict[str, int]:
     """Caps that leave room for so many layers' weights, and for so many layers' staging beside the gradients."""
     layer = PADDED * dtype.itemsize
-    staged = (12 if dtype == torch.float32 else 12) * PADDED
+    staged = 12 * PADDED
     return {"device_memory": int(device_layers * layer), "host_memory": int(layers * layer + host_layers * staged)}
 
 

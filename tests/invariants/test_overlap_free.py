@@ -14,14 +14,14 @@ from torch import nn
 from tierflow.cpu_adam import kernels
 from tierflow.scheduler.contents import read_bytes, write_bytes
 from tierflow.scheduler.engine import build_manager
-from tierflow.scheduler.gradients import GradSlot
+from tierflow.scheduler.gradients import GradContext, GradSlot
 from tierflow.scheduler.homes import STATES, Homes
+from tierflow.scheduler.jobs import Job
 from tierflow.scheduler.placement import Caps, Placement, kinds_of
 from tierflow.scheduler.plan import MemoryPlan
 from tierflow.scheduler.rules import Rule
-from tierflow.scheduler.units import ShardGeometry, Unit, make_chunks, partition
-from tierflow.scheduler.jobs import Job
 from tierflow.scheduler.stager import Stager
+from tierflow.scheduler.units import ShardGeometry, Unit, make_chunks, partition
 from tierflow.scheduler.update import UpdateQueue
 from tierflow.swap import CopyState, DebugMemory, Kind, Manager, Tier
 
@@ -163,7 +163,8 @@ def run_case(path: Path, case: dict) -> int:
         for unit in units:
             entries: list[tuple[GradSlot, Rule] | None] = []
             for slot, p in zip(unit.slots, unit.params, strict=True):
-                grad = GradSlot(slot.names[0], p, torch.randn(slot.numel, generator=generator).to(unit.dtype), manager.lane)
+                memory = torch.randn(slot.numel, generator=generator).to(unit.dtype)
+                grad = GradSlot(slot.names[0], p, memory, GradContext(manager.lane))
                 rule = Rule(index + 1, 1e-2 / (index + 1), 0.9, 0.99, 1e-8, 0.1, index % 2 == 0, index % 3 == 0, 1.0, 0.7)
                 entries.append(None if index in case["without"] else (grad, rule))
                 index += 1

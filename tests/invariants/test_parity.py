@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from exact import DECAY, EPS, LR, Master
 from outcome import Outcome, Stack, run_llama, states_of
 from torch import nn
 
@@ -17,8 +17,6 @@ from tierflow import aio
 from tierflow.cpu_adam import kernels
 
 SETTINGS = [(a, c) for a in (1, 3) for c in (0.0, 0.5)]
-LR, DECAY, EPS = 1e-2, 0.1, 1e-8
-BETA1, BETA2 = 0.9, 0.999
 
 
 @functools.cache
@@ -202,39 +200,6 @@ def test_fp32_equals_torch_foreach_adamw(tmp_path: Path, record_property) -> Non
         assert not torch.equal(p, before[n])
     record_property("fp32 against torch foreach", "every bit" if exact else "within 1e-5 of lr a step")
     optimizer.close()
-
-
-def f32(exact: Fraction) -> np.float32:
-    """The fp32 value nearest to an exact number, ties to even: one rounding."""
-    guess = np.float32(float(exact))
-    near = [np.nextafter(guess, np.float32(-np.inf)), guess, np.nextafter(guess, np.float32(np.inf))]
-    distance = {n: abs(Fraction(float(n)) - exact) for n in near}
-    best = min(distance.values())
-    nearest = [n for n in near if distance[n] == best]
-    return next((n for n in nearest if int(n.view(np.int32)) % 2 == 0), nearest[0])
-
-
-def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """a * b + c rounded once, in exact fractions: no arithmetic is shared with the kernels."""
-    a, b, c = np.broadcast_arrays(a, b, c)
-    exact = [Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z)) for x, y, z in zip(a, b, c, strict=True)]
-    return np.array([f32(e) for e in exact], np.float32)
-
-
-class Master:
-    """One parameter's fp32 AdamW, every operation rounded once in the order that torch's foreach AdamW has."""
-
-    def __init__(self, weight: torch.Tensor):
-        self.weight = weight.float().numpy().reshape(-1).copy()
-        self.m, self.v = np.zeros_like(self.weight), np.zeros_like(self.weight)
-
-    def step(self, grad: torch.Tensor, t: int) -> None:
-        g, one = grad.float().numpy().reshape(-1), np.float32
-        self.weight = self.weight * one(1 - LR * DECAY)
-        self.m = fma(one(1 - BETA1), g - self.m, self.m)
-        self.v = fma(one(1 - BETA2) * g, g, self.v * one(BETA2))
-        denom = np.sqrt(self.v) / one((1 - BETA2**t) ** 0.5) + one(EPS)
-        self.weight = self.weight + (one(-(LR / (1 - BETA1**t))) * self.m) / denom
 
 
 def joined(half: torch.Tensor, rest: torch.Tensor) -> np.ndarray:

@@ -13,9 +13,9 @@ from torch import nn
 import tierflow
 from tierflow.cpu_adam import CPUAdamW
 from tierflow.cpu_adam.kernels import grad_stats
-from tierflow.scheduler.gradients import GradSlot
+from tierflow.scheduler.gradients import GradContext, GradSlot
 from tierflow.scheduler.placement import Placement
-from tierflow.swap import CapacityError, CopyState, DebugMemory, HostLane, Ticket, Tier
+from tierflow.swap import CopyState, DebugMemory, HostLane, Ticket, Tier
 from tierflow.swap.lanes import CudaLane, Staging
 
 
@@ -304,7 +304,7 @@ def test_gradients_that_pass_through_staging_add_up() -> None:
     slots, sums = [], []
     for i, shape in enumerate(shapes):
         first = torch.randn(shape, generator=generator)
-        slots.append(GradSlot(str(i), nn.Parameter(torch.zeros(shape)), first.clone(), lane))
+        slots.append(GradSlot(str(i), nn.Parameter(torch.zeros(shape)), first.clone(), GradContext(lane)))
         sums.append(first)
     for _ in range(2):
         for slot, total in zip(slots, sums, strict=True):

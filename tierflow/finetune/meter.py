@@ -18,7 +18,7 @@ SAMPLE_SECONDS = 0.05
 
 @dataclass
 class StepRecord:
-    """One optimizer step. Times in seconds, NVMe in bytes."""
+    """One optimizer step. Times in seconds, NVMe in bytes. ``loss_scale``: the loss was multiplied by it (fp16)."""
 
     step: int
     loss: float
@@ -32,6 +32,8 @@ class StepRecord:
     nvme_read: int
     nvme_written: int
     seconds: float
+    loss_scale: float | None = None
+    skipped: bool = False
 
     @property
     def tokens_per_second(self) -> float:
@@ -40,10 +42,13 @@ class StepRecord:
 
     def line(self, total: int) -> str:
         """One line for the terminal."""
+        scale = "" if self.loss_scale is None else f"  scale {self.loss_scale:g}"
+        if self.skipped:
+            scale += "  SKIPPED: a gradient overflowed"
         return (
             f"step {self.step + 1:>4}/{total}  loss {self.loss:7.4f}  {self.tokens_per_second:6.0f} tok/s  "
             f"fwd {self.forward:5.2f}  bwd {self.backward:5.2f}  upd {self.update:5.2f}  wait {self.waiting:5.2f} s  "
-            f"NVMe {self.nvme_read / 1e9:5.2f}+{self.nvme_written / 1e9:4.2f} GB"
+            f"NVMe {self.nvme_read / 1e9:5.2f}+{self.nvme_written / 1e9:4.2f} GB{scale}"
         )
 
     def as_dict(self) -> dict[str, Any]:

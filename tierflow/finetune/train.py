@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -106,8 +106,9 @@ class Trainer:
 
     def _step(self, step: int) -> StepRecord:
         for group, base in zip(self.optimizer.param_groups, self._base, strict=True):
-            group["lr"] = self.learning_rate(base, step)
+            group["lr"] = self.learning_rate(base, step - self.optimizer.skipped_steps)  # as DeepSpeed: steps taken
         wanted = self.batches.learned_tokens(step)
+        scale = self.optimizer.loss_scale if self.optimizer.scale is not None else None
         loss = 0.0
         for micro in range(self.batches.accumulation):
             loss += self._micro(step, micro, wanted)
@@ -119,7 +120,8 @@ class Trainer:
         self.optimizer.zero_grad()
         lr = float(self.optimizer.param_groups[0]["lr"])
         norm = self.optimizer.last_grad_norm or 0.0
-        return self.meter.end_step(step, loss, lr, self.batches.tokens_per_step, norm)
+        record = self.meter.end_step(step, loss, lr, self.batches.tokens_per_step, norm)
+        return replace(record, loss_scale=scale, skipped=self.optimizer.overflow)
 
     def _micro(self, step: int, micro: int, wanted: int) -> float:
         device = next(self.model.parameters()).device
@@ -130,7 +132,7 @@ class Trainer:
         if not math.isfinite(value):
             raise LossNotFinite(step, f"the loss is {value}")
         with self.meter.phase("backward"):
-            loss.backward()
+            self.optimizer.backward(loss)
         return value
 
 
