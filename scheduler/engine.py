@@ -25,6 +25,7 @@ from tierflow.scheduler.trace import Recorder
 from tierflow.scheduler.traffic import PREFETCH, default_order
 from tierflow.scheduler.units import Slot, Unit
 from tierflow.scheduler.update import Job, UpdatePipeline
+from tierflow.scheduler.watch import ComputeWatch, watch_model
 from tierflow.swap import CapacityError, Chunk, CopyState, Kind, Lease, Ledger, Manager, Tier, Traffic
 
 log = logging.getLogger("tierflow")
@@ -68,6 +69,7 @@ class Engine:
         manager.on_evict = lambda chunk: self.binder.unbind(self.units[chunk.unit])
         manager.on_move = lambda chunk, lease: self.binder.follow(self.units[chunk.unit], lease)
         manager.busy_aliases = self._aliased
+        self.watch = ComputeWatch(manager.timeline, manager.lane)
         self.slots: dict[int, GradSlot] = {}
         self.step_counts: dict[int, int] = {}
         self._handles: list[Any] = []
@@ -77,6 +79,8 @@ class Engine:
 
     def attach(self) -> None:
         """Binds parameters, gradients and hooks; the homes hold their bytes already."""
+        if self.plan.placement.param is Tier.DEVICE:
+            self._handles += watch_model(self.watch, self.model)
         for unit in self.units:
             if self.manager.home(unit.chunk) is Tier.DEVICE:
                 self.binder.bind(unit, self.manager.memory(unit.chunk, Tier.DEVICE))
@@ -86,6 +90,8 @@ class Engine:
             if unit.trainable:
                 self._make_gradients(unit)
         self._note_versions()
+        named = ((c.id, f"{u.label} {kind.value}") for u in self.units for kind, c in u.chunks.items())
+        self.manager.timeline.names.update(named)
         if self.plan.placement.param is not Tier.DEVICE:
             self.hooks = ModelHooks(self, self.model, self.units)
 
@@ -97,7 +103,7 @@ class Engine:
         flat.zero_()
         for slot, p in zip(unit.slots, unit.params, strict=True):
             memory = flat[slot.offset : slot.offset + slot.numel].view(slot.shape)
-            grad = GradSlot(slot.names[0], p, memory, self.manager.lane)
+            grad = GradSlot(slot.names[0], p, memory, self.manager.lane, self.manager.timeline)
             self.slots[id(p)] = grad
             self.step_counts[id(p)] = 0
             with raw():
@@ -142,12 +148,13 @@ class Engine:
                 self.release(unit)
                 raise
 
-    def release(self, unit: Unit) -> None:
-        """Undoes one ``acquire``; the copy stays cached and its parameters guard themselves again."""
+    def release(self, unit: Unit) -> int:
+        """Undoes one ``acquire``; the copy stays cached and its parameters guard themselves again. Returns pins left."""
         self._pins[unit.index] -= 1
         self.manager.unpin(unit.chunk)
         if self._pins[unit.index] == 0 and self.manager.home(unit.chunk) is not Tier.DEVICE:
             self.binder.shut(unit)
+        return self._pins[unit.index]
 
     def touch(self, unit: Unit) -> Lease:
         """Brings the unit to DEVICE for the operation that asks; a live alias of it keeps it there."""

@@ -8,6 +8,7 @@ act on the managed memory.
 from __future__ import annotations
 
 import math
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from tierflow.cpu_adam.kernels import GradStats, grad_stats, intake
 from tierflow.scheduler.binding import raw
-from tierflow.swap import Ticket
+from tierflow.swap import Lane, Ticket, Timeline
 from tierflow.swap.lanes import DeviceLane, Take
 
 _aten = torch.ops.aten
@@ -27,8 +28,16 @@ _SCALINGS = (_aten.mul_.Tensor, _aten.mul_.Scalar)
 class GradSlot:
     """One parameter's gradient: memory of ``param.shape``, its statistics, and a scale not yet applied."""
 
-    def __init__(self, name: str, param: torch.Tensor, memory: torch.Tensor, lane: DeviceLane):
+    def __init__(
+        self,
+        name: str,
+        param: torch.Tensor,
+        memory: torch.Tensor,
+        lane: DeviceLane,
+        timeline: Timeline | None = None,
+    ):
         self.name, self.memory = name, memory
+        self._timeline = timeline or Timeline()
         self._param = weakref.ref(param)  # param -> its grad, the handle -> this: no collector sees that cycle
         self._lane = lane
         self._stats: GradStats | None = None
@@ -65,13 +74,17 @@ class GradSlot:
             self._kernel(grad, accumulate)
         elif accumulate or grad.dtype != self.memory.dtype:
             self._transfer = self._lane.drain_pieces(grad.contiguous(), self._taker(accumulate))
+            self._timeline.follow(Lane.TO_HOST, f"{self.name} grad", self._transfer, grad.nbytes)
         else:  # the 16 bits that the device made cross once, behind the backward
             self._transfer = self._lane.drain(self.memory, grad.contiguous(), transient=True)
+            self._timeline.follow(Lane.TO_HOST, f"{self.name} grad", self._transfer, grad.nbytes)
 
     def _kernel(self, grad: torch.Tensor, accumulate: bool) -> None:
         flat = grad.contiguous().view(-1)
         if self.memory.device.type == "cpu":
+            began = time.perf_counter()
             self._stats = intake(self.memory.view(-1), flat, accumulate=accumulate)
+            self._timeline.span(Lane.INTAKE, f"{self.name} grad", began, nbytes=flat.nbytes)
         else:  # the user assigned a gradient that is on the host
             self._intake(grad.to(self.memory.device), accumulate)
 
@@ -79,7 +92,9 @@ class GradSlot:
         flat = self.memory.view(-1)
 
         def take(at: int, piece: torch.Tensor) -> None:
+            began = time.perf_counter()
             stats = intake(flat[at : at + piece.numel()], piece, accumulate=accumulate)
+            self._timeline.span(Lane.INTAKE, f"{self.name} grad", began, nbytes=piece.nbytes)
             # sums of pieces added up would have other bits than the whole's
             self._stats = stats if piece.numel() == flat.numel() else None
 

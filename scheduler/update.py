@@ -17,9 +17,10 @@ from tierflow.cpu_adam import kernels, reference
 from tierflow.scheduler.gradients import GradSlot
 from tierflow.scheduler.rules import Rule
 from tierflow.scheduler.units import Unit
-from tierflow.swap import CapacityError, Chunk, Event, Kind, Lease, Manager, Ticket, Tier
+from tierflow.swap import CapacityError, Chunk, Event, Kind, Lane, Lease, Manager, Ticket, Tier
 from tierflow.swap.lanes import finish
 from tierflow.swap.manager import Victims
+from tierflow.swap.timeline import Inline
 
 #: Elements that torch's operators update at a time on an accelerator: their fp64 intermediates are that long.
 _DEVICE_ELEMENTS = 1 << 21
@@ -59,6 +60,7 @@ class UpdatePipeline:
     def __init__(self, manager: Manager, piece_elements: int, depth: int, on_device: bool):
         self.manager, self.piece_elements, self.depth = manager, piece_elements, depth
         self._on_device = on_device
+        self._timeline = manager.timeline
 
     def run(self, jobs: list[Job], victims: Victims) -> float:
         """Updates every unit of ``jobs``; returns the seconds spent in kernels.
@@ -153,7 +155,9 @@ class UpdatePipeline:
             return self.manager.read(chunk, data, at)
         source = self.manager.memory(chunk, self.manager.home(chunk)).bytes()
         self.manager.traffic.to_host += data.nbytes
-        return self.manager.lane.drain(data, source[at : at + data.nbytes])
+        ticket = self.manager.lane.drain(data, source[at : at + data.nbytes])
+        self._timeline.follow(Lane.TO_HOST, self._timeline.name(chunk.id), ticket, data.nbytes)
+        return ticket
 
     def _dtype(self, unit: Unit, kind: Kind) -> torch.dtype:
         if kind is Kind.MASTER:
@@ -171,6 +175,7 @@ class UpdatePipeline:
             began = time.perf_counter()
             _wait_all(piece.tickets)
             self.manager.traffic.wait_read += time.perf_counter() - began
+            self._timeline.wait(Lane.READ, f"{piece.job.unit.label} states", began)
             self._compute(piece)
             reading.popleft()
             writing.append(piece)
@@ -180,11 +185,12 @@ class UpdatePipeline:
         began = time.perf_counter()
         _wait_all(piece.tickets)
         self.manager.traffic.wait_write += time.perf_counter() - began
+        self._timeline.wait(Lane.WRITE, f"{piece.job.unit.label} states", began)
         writing.popleft()
         self._end(piece)
 
     def _compute(self, piece: _Piece) -> None:
-        began = time.perf_counter()
+        began, stamp = time.perf_counter(), self.manager.lane.stamp() if self._on_device else None
         for low, high, offset, grad, rule in _segments(piece.job, piece.begin, piece.end):
             part = {k: t[low - piece.begin : high - piece.begin] for k, t in piece.tensors.items()}
             memory = grad.memory.view(-1)[low - offset : high - offset]
@@ -203,6 +209,9 @@ class UpdatePipeline:
             copy = self._flat(piece.job.unit, Kind.PARAM, Tier.HOST)
             copy[piece.begin : piece.end].copy_(piece.tensors[Kind.PARAM])
         self._kernel_seconds += time.perf_counter() - began
+        work = Inline(began) if stamp is None else self.manager.lane.stretch(stamp)
+        nbytes = sum(t.nbytes for t in piece.tensors.values())
+        self._timeline.follow(Lane.UPDATE, f"{piece.job.unit.label} update", work, nbytes)
 
     def _stage_out(self, piece: _Piece) -> None:
         unit = piece.job.unit
@@ -214,7 +223,9 @@ class UpdatePipeline:
             elif piece.where[kind] is None:
                 home = self.manager.memory(chunk, self.manager.home(chunk)).bytes()
                 self.manager.traffic.to_device += data.nbytes
-                piece.tickets.append(self.manager.lane.fill(home[at : at + data.nbytes], data.view(torch.uint8)))
+                ticket = self.manager.lane.fill(home[at : at + data.nbytes], data.view(torch.uint8))
+                self._timeline.follow(Lane.TO_DEVICE, self._timeline.name(chunk.id), ticket, data.nbytes)
+                piece.tickets.append(ticket)
 
     def _end(self, piece: _Piece) -> None:
         self._release(piece)
