@@ -14,19 +14,21 @@ import torch
 from torch import nn
 
 from tierflow import aio
+from tierflow.scheduler.bandwidth import Bandwidths, paths_of, probe
 from tierflow.scheduler.binding import Binder, raw
 from tierflow.scheduler.contents import follow_user, read_parameter, store_parameter, write_back
 from tierflow.scheduler.gradients import GradSlot, weakly
 from tierflow.scheduler.guard import EvictedParameterError, describe
 from tierflow.scheduler.hooks import ModelHooks, in_backward
 from tierflow.scheduler.placement import MemoryPlan
+from tierflow.scheduler.report import Report, make_report
 from tierflow.scheduler.rules import Rule
 from tierflow.scheduler.trace import Recorder
 from tierflow.scheduler.traffic import PREFETCH, default_order
 from tierflow.scheduler.units import Slot, Unit
 from tierflow.scheduler.update import Job, UpdatePipeline
 from tierflow.scheduler.watch import ComputeWatch, watch_model
-from tierflow.swap import CapacityError, Chunk, CopyState, Kind, Lease, Ledger, Manager, Tier, Traffic
+from tierflow.swap import CapacityError, Chunk, CopyState, Kind, Lanes, Lease, Ledger, Manager, Tier, Traffic
 
 log = logging.getLogger("tierflow")
 
@@ -36,7 +38,7 @@ STATE_DICT_MARGIN = 256 << 20
 
 @dataclass
 class StepReport:
-    """What one optimizer step did: seconds and bytes."""
+    """Running counters between two calls of ``take_report``: seconds and bytes."""
 
     update_seconds: float = 0.0
     kernel_seconds: float = 0.0
@@ -55,7 +57,12 @@ class Engine:
         self.device = manager.pools[Tier.DEVICE].resident.arena.device
         self.recorder = Recorder(default_order(model, units))
         self.binder = Binder(units, self.device, self)
-        self.report = StepReport()
+        self.bandwidths: Bandwidths | None = None
+        self.io_options: dict[str, Any] = {}
+        self.last_step: Lanes | None = None
+        self.on_step: Callable[[], None] = lambda: None  # called after each update
+        self.on_close: Callable[[], None] = lambda: None
+        self._counters = StepReport()
         self.failed: str | None = None
         self.closed = False
         self._prefetching = prefetch
@@ -242,6 +249,7 @@ class Engine:
         total = 0.0
         for slot in slots:
             total += slot.stats().sum_squares
+        self._counters.grad_norm = total**0.5
         return total**0.5
 
     def update(self, rules: dict[int, Rule], slots: list[GradSlot]) -> None:
@@ -261,7 +269,7 @@ class Engine:
             if any(entries):
                 jobs.append(Job(unit, entries))
         try:
-            self.report.kernel_seconds += self.pipeline.run(jobs, self.victims())
+            self._counters.kernel_seconds += self.pipeline.run(jobs, self.victims())
         except BaseException as error:
             self.failed = f"{type(error).__name__} in the update: {error}"
             raise
@@ -273,7 +281,9 @@ class Engine:
         if self.recorder.step_ended() and self.recorder.departures and not self._warned:
             self._warned = True
             log.warning("the order in which modules run has changed between steps; prefetch follows the new order")
-        self.report.update_seconds += time.perf_counter() - began
+        self._counters.update_seconds += time.perf_counter() - began
+        self.last_step = self.manager.timeline.take()
+        self.on_step()
 
     def _split_on_device(self) -> Iterator[tuple[Unit, Slot, torch.Tensor]]:
         """Weights that a user can write at any time while their master is kept elsewhere."""
@@ -290,9 +300,25 @@ class Engine:
             if p._version != self._versions[id(p)]:
                 follow_user(self.manager, unit, slot, p.detach().cpu(), self.victims())
 
+    def report(self, steps: list[Lanes] | None = None) -> Report:
+        """Where the time of the last finished step went (or of the mean of ``steps``), beside its floor.
+
+        The first call measures the paths in use, for two seconds. Raises RuntimeError before the first step has ended.
+        """
+        steps = steps or ([self.last_step] if self.last_step is not None else [])
+        if not steps:
+            raise RuntimeError("there is nothing to report before the first optimizer.step() has ended")
+        if self.bandwidths is None:
+            store = self.manager.store
+            placement, path = self.plan.placement, store.path if store else None
+            self.bandwidths = probe(paths_of(self.units, placement, self.device, path, self.io_options))
+        trained = sum(u.chunk.numel for u in self.units if u.trainable)
+        return make_report(steps, self.plan, self.bandwidths, trained)
+
     def take_report(self) -> StepReport:
-        """The report since the last call, and a fresh one."""
-        report, self.report = self.report, StepReport()
+        """The counters since the last call, and fresh ones. The timeline begins anew."""
+        self.manager.timeline.take()
+        report, self._counters = self._counters, StepReport()
         report.traffic, self.manager.traffic = self.manager.traffic, Traffic()
         return report
 
@@ -332,6 +358,7 @@ class Engine:
         if self.closed:
             return
         self.closed = True
+        self.on_close()
         for handle in self._handles:
             handle.remove()
         if self.hooks is not None:

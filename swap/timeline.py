@@ -83,7 +83,7 @@ class Lanes:
 
     ``busy``: seconds with at least one span of the lane; COMPUTE without what its thread waited, copied or spent in
     kernels meanwhile. ``nbytes``: of spans that ended. ``waiting``: seconds that a thread waited for the lane.
-    ``waited``: seconds of any waiting.
+    ``waited``: seconds of any waiting. ``noted``: seconds in which some thread was in a span or waited.
     """
 
     seconds: float
@@ -91,6 +91,7 @@ class Lanes:
     nbytes: dict[Lane, int]
     waiting: dict[Lane, float]
     waited: float
+    noted: float
 
     def __add__(self, other: Lanes) -> Lanes:
         return Lanes(
@@ -99,6 +100,7 @@ class Lanes:
             {lane: self.nbytes[lane] + other.nbytes[lane] for lane in Lane},
             {lane: self.waiting[lane] + other.waiting[lane] for lane in Lane},
             self.waited + other.waited,
+            self.noted + other.noted,
         )
 
 
@@ -188,7 +190,7 @@ class Timeline:
 
 
 def _no_lanes() -> Lanes:
-    return Lanes(0.0, dict.fromkeys(Lane, 0.0), dict.fromkeys(Lane, 0), dict.fromkeys(Lane, 0.0), 0.0)
+    return Lanes(0.0, dict.fromkeys(Lane, 0.0), dict.fromkeys(Lane, 0), dict.fromkeys(Lane, 0.0), 0.0, 0.0)
 
 
 def _sums(ended: list[Span], open_spans: list[Span], window: Interval) -> Lanes:
@@ -211,7 +213,9 @@ def _sums(ended: list[Span], open_spans: list[Span], window: Interval) -> Lanes:
     busy = {lane: length(union(worked[lane])) for lane in Lane}
     waiting = {lane: length(union(waited[lane])) for lane in Lane}
     every = length(union([i for intervals in waited.values() for i in intervals]))
-    return Lanes(window[1] - window[0], busy, nbytes, waiting, every)
+    by_threads = [*occupied.items(), *computed.items()]
+    noted = length(union([i for thread, intervals in by_threads if thread for i in intervals]))
+    return Lanes(window[1] - window[0], busy, nbytes, waiting, every, noted)
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:

@@ -247,6 +247,7 @@ def _build(
                 manager.create(chunk, plan.placement.home(kind, unit.trainable))
         fill(manager, units, source)
         engine = Engine(model, units, plan, manager, settings.prefetch)
+        engine.io_options = settings.aio
         _move_buffers(model, settings.device)
         engine.attach()
     except BaseException:

@@ -93,7 +93,6 @@ class OffloadOptimizer(torch.optim.Optimizer):
             if not slot.stats().finite:
                 raise NonFiniteGradient(self.steps_taken + 1, slot.name)
         self.last_grad_norm = self.engine.grad_norm(slots)
-        self.engine.report.grad_norm = self.last_grad_norm
         if not self.gradient_clipping:
             return 1.0
         norm = torch.tensor(self.last_grad_norm, dtype=torch.float32)

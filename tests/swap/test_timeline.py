@@ -93,6 +93,7 @@ def test_compute_leaves_out_what_its_own_thread_did_besides_and_nothing_of_other
     lanes = timeline.take()
     assert lanes.busy[Lane.COMPUTE] == 7.0 and lanes.busy[Lane.UPDATE] == 2.0 and lanes.busy[Lane.INTAKE] == 1.5
     assert lanes.waiting[Lane.READ] == lanes.waited == 2.0
+    assert lanes.noted == 10.0  # the read runs by itself, and nobody did anything after 10
 
 
 def test_waits_for_two_lanes_at_once_are_not_added_up(clock: Clock) -> None:
