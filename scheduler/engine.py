@@ -300,20 +300,20 @@ class Engine:
             if p._version != self._versions[id(p)]:
                 follow_user(self.manager, unit, slot, p.detach().cpu(), self.victims())
 
-    def report(self, steps: list[Lanes] | None = None) -> Report:
-        """Where the time of the last finished step went (or of the mean of ``steps``), beside its floor.
+    def report(self, lanes: Lanes | None = None, steps: int = 1) -> Report:
+        """Where the time of the last finished step went (or ``lanes``, the mean of ``steps``), beside its floor.
 
         The first call measures the paths in use, for two seconds. Raises RuntimeError before the first step has ended.
         """
-        steps = steps or ([self.last_step] if self.last_step is not None else [])
-        if not steps:
+        lanes = lanes or self.last_step
+        if lanes is None:
             raise RuntimeError("there is nothing to report before the first optimizer.step() has ended")
         if self.bandwidths is None:
             store = self.manager.store
             placement, path = self.plan.placement, store.path if store else None
             self.bandwidths = probe(paths_of(self.units, placement, self.device, path, self.io_options))
         trained = sum(u.chunk.numel for u in self.units if u.trainable)
-        return make_report(steps, self.plan, self.bandwidths, trained)
+        return make_report(lanes, self.plan, self.bandwidths, trained, steps)
 
     def take_report(self) -> StepReport:
         """The counters since the last call, and fresh ones. The timeline begins anew."""

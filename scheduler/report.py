@@ -52,7 +52,7 @@ class Report:
         ]
         for lane in Lane:
             busy, nbytes, waited = self.lanes.busy[lane], self.lanes.nbytes[lane], self.lanes.waiting[lane]
-            if not (busy or nbytes or waited):
+            if not nbytes and max(busy, waited) < 0.0005:
                 continue
             rate = f"{nbytes / busy / 1e9:8.2f}" if nbytes and busy else " " * 8
             moved = f"{nbytes / 1e9:9.3f}" if nbytes else " " * 9
@@ -66,31 +66,15 @@ class Report:
     __str__ = text
 
 
-def make_report(steps: list[Lanes], plan: MemoryPlan, rates: Bandwidths, trained: int) -> Report:
-    """The report of the mean of ``steps`` (one at least). ``trained``: elements that one update goes through."""
-    lanes = mean(steps)
+def make_report(lanes: Lanes, plan: MemoryPlan, rates: Bandwidths, trained: int, steps: int = 1) -> Report:
+    """The report of a step, or of the mean of ``steps``. ``trained``: elements that one update goes through."""
     placement = plan.placement
     work = Work(
         lanes.busy[Lane.COMPUTE], trained, lanes.nbytes[Lane.INTAKE], lanes.nbytes[Lane.READ],
         lanes.nbytes[Lane.WRITE], lanes.nbytes[Lane.TO_DEVICE], lanes.nbytes[Lane.TO_HOST],
     )  # fmt: skip
     found = floor(work, rates, not placement.device_is_host, placement.optimizer is Tier.DEVICE)
-    return Report(len(steps), lanes, found, advise(lanes, found, plan))
-
-
-def mean(steps: list[Lanes]) -> Lanes:
-    """The mean of one step or more."""
-    total, count = steps[0], len(steps)
-    for step in steps[1:]:
-        total += step
-    return Lanes(
-        total.seconds / count,
-        {lane: s / count for lane, s in total.busy.items()},
-        {lane: n // count for lane, n in total.nbytes.items()},
-        {lane: s / count for lane, s in total.waiting.items()},
-        total.waited / count,
-        total.noted / count,
-    )
+    return Report(steps, lanes, found, advise(lanes, found, plan))
 
 
 def advise(lanes: Lanes, found: Floor, plan: MemoryPlan) -> str:

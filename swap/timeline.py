@@ -103,6 +103,16 @@ class Lanes:
             self.noted + other.noted,
         )
 
+    def __truediv__(self, count: int) -> Lanes:
+        return Lanes(
+            self.seconds / count,
+            {lane: s / count for lane, s in self.busy.items()},
+            {lane: n // count for lane, n in self.nbytes.items()},
+            {lane: s / count for lane, s in self.waiting.items()},
+            self.waited / count,
+            self.noted / count,
+        )
+
 
 class Timeline:
     """Collects spans and waits. Any thread may add; one thread takes.

@@ -271,6 +271,8 @@ _TIERFLOW = [
     _honoured("tierflow.engine", '"auto", "io_uring" or "threads"', "auto", note="how files are read and written"),
     _honoured("tierflow.prefetch", 'true, false or "auto"', "true", note="false fetches on demand; results are the same"),
     _honoured("tierflow.piece_elements", _POSITIVE, "auto", "elements", "of one piece of the update"),
+    _honoured("tierflow.trace", 'a path or "auto" (no trace)', "none", "file",
+              "Chrome trace (JSON) of optimizer steps 2 to 4, which Perfetto opens"),
     _honoured("tierflow.report", 'true, false or "auto"', "true", note="the memory table is logged (INFO) by `offload`; the config and the table are printed by `finetune`"),
 ]
 

@@ -79,6 +79,7 @@ class TierflowBlock(Block):
     prefetch: bool = True
     piece_elements: Positive | None = None
     report: bool = True
+    trace: Directory | None = None
 
 
 class OffloadBlock(Block):

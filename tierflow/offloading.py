@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tierflow.chrome_trace import StepTrace, claim
 from tierflow.config import Config, ConfigError, load_config
 from tierflow.fill import Source, fill, from_model
 from tierflow.optimizer import DEFAULTS, OffloadOptimizer, check_group, groups_of
@@ -59,6 +60,8 @@ def offload(
     if not isinstance(config, Config):  # whoever made the Config has seen its notes
         for note in cfg.ignored_notes():
             log.info(note)
+    if cfg.tierflow.trace is not None:
+        claim(cfg.tierflow.trace)
     groups = _groups(model, cfg, optimizer, param_groups)
     if getattr(model, "_tierflow_engine", None) is not None:
         raise ValueError("this model is offloaded already: close its optimizer before offloading it again")
@@ -73,6 +76,8 @@ def offload(
     groups = [g | {"params": [p for p in g["params"] if p.requires_grad]} for g in groups]
     result = OffloadOptimizer(engine, groups, cfg.gradient_clipping or 0.0)
     model._tierflow_engine = engine  # type: ignore[assignment]
+    if cfg.tierflow.trace is not None:
+        StepTrace(engine, cfg.tierflow.trace)
     return model, result
 
 
