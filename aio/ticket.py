@@ -63,6 +63,11 @@ class Ticket:
         return self._state.seconds
 
     @property
+    def times(self) -> _aio.Ticket:
+        """Has ``began`` and ``ended`` too, and nothing of the buffer."""
+        return self._state
+
+    @property
     def began(self) -> float | None:
         """When the first byte was asked of the kernel, in seconds of ``time.perf_counter()``; None in the queue."""
         return self._state.began

@@ -74,10 +74,10 @@ class GradSlot:
             self._kernel(grad, accumulate)
         elif accumulate or grad.dtype != self.memory.dtype:
             self._transfer = self._lane.drain_pieces(grad.contiguous(), self._taker(accumulate))
-            self._timeline.follow(Lane.TO_HOST, f"{self.name} grad", self._transfer, grad.nbytes)
+            self._timeline.follow(Lane.TO_HOST, f"{self.name} grad", self._transfer.times, grad.nbytes)
         else:  # the 16 bits that the device made cross once, behind the backward
             self._transfer = self._lane.drain(self.memory, grad.contiguous(), transient=True)
-            self._timeline.follow(Lane.TO_HOST, f"{self.name} grad", self._transfer, grad.nbytes)
+            self._timeline.follow(Lane.TO_HOST, f"{self.name} grad", self._transfer.times, grad.nbytes)
 
     def _kernel(self, grad: torch.Tensor, accumulate: bool) -> None:
         flat = grad.contiguous().view(-1)

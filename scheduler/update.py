@@ -156,7 +156,7 @@ class UpdatePipeline:
         source = self.manager.memory(chunk, self.manager.home(chunk)).bytes()
         self.manager.traffic.to_host += data.nbytes
         ticket = self.manager.lane.drain(data, source[at : at + data.nbytes])
-        self._timeline.follow(Lane.TO_HOST, self._timeline.name(chunk.id), ticket, data.nbytes)
+        self._timeline.follow(Lane.TO_HOST, self._timeline.name(chunk.id), ticket.times, data.nbytes)
         return ticket
 
     def _dtype(self, unit: Unit, kind: Kind) -> torch.dtype:
@@ -224,7 +224,7 @@ class UpdatePipeline:
                 home = self.manager.memory(chunk, self.manager.home(chunk)).bytes()
                 self.manager.traffic.to_device += data.nbytes
                 ticket = self.manager.lane.fill(home[at : at + data.nbytes], data.view(torch.uint8))
-                self._timeline.follow(Lane.TO_DEVICE, self._timeline.name(chunk.id), ticket, data.nbytes)
+                self._timeline.follow(Lane.TO_DEVICE, self._timeline.name(chunk.id), ticket.times, data.nbytes)
                 piece.tickets.append(ticket)
 
     def _end(self, piece: _Piece) -> None:

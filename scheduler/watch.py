@@ -14,6 +14,10 @@ from tierflow.swap.lanes import DeviceLane
 BETWEEN = "between forward and backward"
 
 
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
 class ComputeWatch:
     """Turns what the hooks see into COMPUTE spans.
 
@@ -35,7 +39,7 @@ class ComputeWatch:
 
     def forward_began(self, *_: Any) -> None:
         """The outermost module runs, unless it is computed anew in a backward. Forgets what was left open."""
-        if torch._C._current_graph_task_id() != -1:
+        if _in_backward():
             return
         self._backward = self._segment = None
         self._entered.clear()
@@ -60,8 +64,8 @@ class ComputeWatch:
 
     def in_backward(self, *_: Any) -> None:
         """A sign of a running backward; its end is noted by itself."""
-        if self._backward is not None:
-            return
+        if self._backward is not None or not _in_backward():
+            return  # a user may unpack saved tensors at any time
         self._note(BETWEEN, self._between)
         self._between = None
         self._backward = self._lane.stamp()
@@ -69,7 +73,7 @@ class ComputeWatch:
 
     def unpacked(self, name: str) -> None:
         """The backward is about to use the unit's weights."""
-        if self._segment is None or self._segment[0] != name:
+        if self._backward is not None and (self._segment is None or self._segment[0] != name):
             self._close()
             self._segment = name, self._lane.stamp()
 

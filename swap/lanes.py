@@ -17,7 +17,7 @@ from tierflow.swap.timeline import Inline, Timed
 Take = Callable[[int, torch.Tensor], None]
 
 
-class Ticket(Timed, Protocol):
+class Ticket(Protocol):
     """A transfer under way. It keeps its memory alive; ``wait`` raises what went wrong."""
 
     def done(self) -> bool:
@@ -26,6 +26,11 @@ class Ticket(Timed, Protocol):
 
     def wait(self) -> None:
         """Blocks until the end; raises the transfer's error."""
+        ...
+
+    @property
+    def times(self) -> Timed:
+        """When bytes began to move and when the last was there. Holds none of the memory."""
         ...
 
 
@@ -38,6 +43,11 @@ class Done(Inline):
 
     def wait(self) -> None:
         """Nothing to wait for."""
+
+    @property
+    def times(self) -> Inline:
+        """Its own."""
+        return self
 
 
 def finish(ticket: Ticket) -> None:
@@ -130,10 +140,9 @@ class Stretch:
         return self._anchor.time_of(self._end)
 
 
-class _CudaTicket(Stretch):
-    def __init__(self, anchor: _Anchor, begin: torch.cuda.Event, end: torch.cuda.Event, keep: torch.Tensor):
-        super().__init__(anchor, begin, end)
-        self.event, self._keep = end, keep
+class _CudaTicket:
+    def __init__(self, times: Stretch, event: torch.cuda.Event, keep: torch.Tensor):
+        self.times, self.event, self._keep = times, event, keep
 
     def done(self) -> bool:
         return self.event.query()
@@ -203,9 +212,25 @@ class Staging:
         self._under_way.clear()
 
 
+class _Both:
+    """From the beginning of one transfer to the end of another."""
+
+    def __init__(self, first: Timed, last: Timed):
+        self._first, self._last = first, last
+
+    @property
+    def began(self) -> float | None:
+        return self._first.began
+
+    @property
+    def ended(self) -> float | None:
+        return self._last.ended
+
+
 class _StagedTicket:
     def __init__(self, staging: Staging, first: _Staged, last: _Staged):
-        self._staging, self._first, self._last = staging, first, last
+        self._staging, self._last = staging, last
+        self.times = _Both(first.ticket.times, last.ticket.times)
 
     def done(self) -> bool:
         return self._last.taken
@@ -213,14 +238,6 @@ class _StagedTicket:
     def wait(self) -> None:
         while not self._last.taken:
             self._staging.take_oldest()
-
-    @property
-    def began(self) -> float | None:
-        return self._first.ticket.began
-
-    @property
-    def ended(self) -> float | None:
-        return self._last.ticket.ended
 
 
 class CudaLane:
@@ -242,6 +259,9 @@ class CudaLane:
         self._compute: dict[int, torch.cuda.Stream] = {}
         self._anchor = _Anchor(self._fill)
 
+    def _ticket(self, begin: torch.cuda.Event, end: torch.cuda.Event, keep: torch.Tensor) -> _CudaTicket:
+        return _CudaTicket(Stretch(self._anchor, begin, end), end, keep)
+
     def _mark(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
         event.record(stream)
@@ -260,7 +280,7 @@ class CudaLane:
         with torch.cuda.stream(self._fill):
             begin = self._mark(self._fill)
             _copy(dst, src)
-            return _CudaTicket(self._anchor, begin, self._mark(self._fill), src)
+            return self._ticket(begin, self._mark(self._fill), src)
 
     def drain(self, dst: torch.Tensor, src: torch.Tensor, transient: bool = False) -> Ticket:
         """Starts device -> host, after what the compute stream was given so far.
@@ -274,7 +294,7 @@ class CudaLane:
             _copy(dst, src)
             if transient:  # not held by the ticket: the memory is free for others as soon as the copy has run
                 src.record_stream(self._drain)
-            return _CudaTicket(self._anchor, begin, self._mark(self._drain), dst)
+            return self._ticket(begin, self._mark(self._drain), dst)
 
     def drain_pieces(self, src: torch.Tensor, take: Take) -> Ticket:
         """Carries a transient source through staging memory of fixed size; ``take`` gets its pieces in order.

@@ -106,7 +106,7 @@ class Manager:
         assert self.store is not None
         self.traffic.nvme_read += dst.nbytes
         ticket = self.store.read(dst, self._extents[chunk.id].offset + begin)
-        self.timeline.follow(Lane.READ, self.timeline.name(chunk.id), ticket, dst.nbytes)
+        self.timeline.follow(Lane.READ, self.timeline.name(chunk.id), ticket.times, dst.nbytes)
         return ticket
 
     def write(self, chunk: Chunk, src: torch.Tensor, begin: int = 0) -> Ticket:
@@ -114,7 +114,7 @@ class Manager:
         assert self.store is not None
         self.traffic.nvme_written += src.nbytes
         ticket = self.store.write(src, self._extents[chunk.id].offset + begin)
-        self.timeline.follow(Lane.WRITE, self.timeline.name(chunk.id), ticket, src.nbytes)
+        self.timeline.follow(Lane.WRITE, self.timeline.name(chunk.id), ticket.times, src.nbytes)
         return ticket
 
     # ---- staging memory
@@ -339,7 +339,7 @@ class Manager:
             source = self._leases[chunk.id, Tier.HOST].bytes()[: chunk.nbytes]
             target = self._leases[chunk.id, Tier.DEVICE].bytes()[: chunk.nbytes]
             fetch.fill = self.lane.fill(target, source)
-            self.timeline.follow(Lane.TO_DEVICE, self.timeline.name(chunk.id), fetch.fill, chunk.nbytes)
+            self.timeline.follow(Lane.TO_DEVICE, self.timeline.name(chunk.id), fetch.fill.times, chunk.nbytes)
             self.traffic.to_device += chunk.nbytes
             self.traffic.wait_device += time.perf_counter() - began
         if fetch.fill.done():

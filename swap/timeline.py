@@ -143,7 +143,10 @@ class Timeline:
         self._add(Span(lane, name, begin, time.perf_counter() if end is None else end, 0, True, get_ident()))
 
     def follow(self, lane: Lane, name: str, work: Timed, nbytes: int = 0, wait: bool = False) -> None:
-        """Notes ``work`` with its own times once it has ended. Call this as it starts, on the thread that started it."""
+        """Notes ``work`` with its own times once it has ended. Call this as it starts, on the thread that started it.
+
+        Held until then: give a transfer's ``ticket.times``, which holds none of its memory.
+        """
         if isinstance(work, Inline):
             self._add(Span(lane, name, work.began or 0.0, work.ended or 0.0, nbytes, wait, get_ident()))
             return

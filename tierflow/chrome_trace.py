@@ -131,11 +131,12 @@ class StepTrace:
     def _finish(self) -> None:
         engine = self._engine
         engine.on_step = engine.on_close = _nothing
-        if self._began is None:
-            log.warning("%s has no trace: the run ended before step %d", self.path, FIRST_STEP)
-            return
-        engine.manager.observer = self._before
         timeline = engine.manager.timeline
+        if self._began is not None:
+            engine.manager.observer = self._before
+        if not self._steps:
+            log.warning("%s has no trace: the run ended before step %d did", self.path, FIRST_STEP)
+            return
         spans = timeline.recorded()
         body = {
             "traceEvents": events(spans, self._steps, self._samples),
