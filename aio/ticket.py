@@ -61,3 +61,18 @@ class Ticket:
     def seconds(self) -> float:
         """From submission to the end, waiting in the queue included; 0.0 while under way."""
         return self._state.seconds
+
+    @property
+    def times(self) -> _aio.Ticket:
+        """Has ``began`` and ``ended`` too, and nothing of the buffer."""
+        return self._state
+
+    @property
+    def began(self) -> float | None:
+        """When the first byte was asked of the kernel, in seconds of ``time.perf_counter()``; None in the queue."""
+        return self._state.began
+
+    @property
+    def ended(self) -> float | None:
+        """When the last byte was there, in seconds of ``time.perf_counter()``; None while under way."""
+        return self._state.ended

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from tierflow import aio
+from tierflow.scheduler.bandwidth import Bandwidths, paths_of, probe
 from tierflow.scheduler.binding import Binder, raw
 from tierflow.scheduler.contents import follow_user, read_parameter, store_parameter, write_back
 from tierflow.scheduler.gradients import GradContext, GradSlot, weakly
@@ -22,6 +23,7 @@ from tierflow.scheduler.hooks import ModelHooks, in_backward
 from tierflow.scheduler.jobs import Job
 from tierflow.scheduler.placement import AHEAD
 from tierflow.scheduler.plan import MemoryPlan
+from tierflow.scheduler.report import Report, make_report
 from tierflow.scheduler.rules import Rule
 from tierflow.scheduler.scaling import Scaling
 from tierflow.scheduler.speculation import PATIENCE, Speculation
@@ -30,7 +32,8 @@ from tierflow.scheduler.trace import Recorder
 from tierflow.scheduler.traffic import default_order
 from tierflow.scheduler.units import Slot, Unit
 from tierflow.scheduler.update import UpdateQueue
-from tierflow.swap import CapacityError, Chunk, CopyState, Kind, Lease, Ledger, Manager, Tier, Traffic
+from tierflow.scheduler.watch import ComputeWatch, watch_model
+from tierflow.swap import CapacityError, Chunk, CopyState, Kind, Lanes, Lease, Ledger, Manager, Tier, Traffic
 
 log = logging.getLogger("tierflow")
 
@@ -40,7 +43,7 @@ STATE_DICT_MARGIN = 256 << 20
 
 @dataclass
 class StepReport:
-    """What one optimizer step did: seconds and bytes."""
+    """Running counters between two calls of ``take_report``: seconds and bytes."""
 
     update_seconds: float = 0.0
     kernel_seconds: float = 0.0
@@ -62,7 +65,12 @@ class Engine:
         self.device = manager.pools[Tier.DEVICE].resident.arena.device
         self.recorder = Recorder(default_order(model, units))
         self.binder = Binder(units, self.device, self)
-        self.report = StepReport()
+        self.bandwidths: Bandwidths | None = None
+        self.io_options: dict[str, Any] = {}
+        self.last_step: Lanes | None = None
+        self.on_step: Callable[[], None] = lambda: None  # called after each update
+        self.on_close: Callable[[], None] = lambda: None
+        self._counters = StepReport()
         self.failed: str | None = None
         self.closed = False
         self._prefetching = prefetch
@@ -79,6 +87,7 @@ class Engine:
         manager.on_evict = lambda chunk: self.binder.unbind(self.units[chunk.unit])
         manager.on_move = lambda chunk, lease: self.binder.follow(self.units[chunk.unit], lease)
         manager.busy_aliases = self._aliased
+        self.watch = ComputeWatch(manager.timeline, manager.lane)
         self.slots: dict[int, GradSlot] = {}
         self.scaling = Scaling()
         self.step_counts: dict[int, int] = {}
@@ -89,6 +98,9 @@ class Engine:
 
     def attach(self) -> None:
         """Binds parameters, gradients and hooks; the homes hold their bytes already."""
+        hooked = bool(self.plan.homes.streamed(self.units)) or self._deferred
+        if not hooked:
+            self._handles += watch_model(self.watch, self.model)
         for unit in self.units:
             if self.manager.home(unit.chunk) is Tier.DEVICE:
                 self.binder.bind(unit, self.manager.memory(unit.chunk, Tier.DEVICE))
@@ -103,7 +115,9 @@ class Engine:
                 0 if self._update == "speculative" else PATIENCE,
             )  # fmt: skip
         self._note_versions()
-        if self.plan.homes.streamed(self.units) or self._deferred:
+        named = ((c.id, f"{u.label} {kind.value}") for u in self.units for kind, c in u.chunks.items())
+        self.manager.timeline.names.update(named)
+        if hooked:
             self.hooks = ModelHooks(self, self.model, self.units)
 
     def _make_gradients(self, unit: Unit) -> None:
@@ -112,7 +126,9 @@ class Engine:
         dtype = unit.dtype if chunk.itemsize == unit.dtype.itemsize else torch.float32
         flat = lease.bytes()[: chunk.nbytes].view(self.plan.placement.grad_dtype or dtype)
         flat.zero_()
-        context = GradContext(self.manager.lane, self.scaling, self._before_write, self._arrived)
+        context = GradContext(
+            self.manager.lane, self.scaling, self.manager.timeline, self._before_write, self._arrived
+        )  # fmt: skip
         for slot, p in zip(unit.slots, unit.params, strict=True):
             memory = flat[slot.offset : slot.offset + slot.numel].view(slot.shape)
             grad = GradSlot(slot.names[0], p, memory, context)
@@ -188,7 +204,7 @@ class Engine:
             self.updates.abandon()
             raise
         finally:
-            self.report.kernel_seconds += self.updates.stager.kernel_seconds - before
+            self._counters.kernel_seconds += self.updates.stager.kernel_seconds - before
 
     def settle(self, units: Iterable[Unit] | None = None) -> None:
         """Runs the updates that are due, of some units or all, until their homes hold them."""
@@ -236,12 +252,13 @@ class Engine:
                 self.release(unit)
                 raise
 
-    def release(self, unit: Unit) -> None:
-        """Undoes one ``acquire``; the copy stays cached and its parameters guard themselves again."""
+    def release(self, unit: Unit) -> int:
+        """Undoes one ``acquire``; the copy stays cached and its parameters guard themselves again. Returns pins left."""
         self._pins[unit.index] -= 1
         self.manager.unpin(unit.chunk)
         if self._pins[unit.index] == 0 and self.manager.home(unit.chunk) is not Tier.DEVICE:
             self.binder.shut(unit)
+        return self._pins[unit.index]
 
     def touch(self, unit: Unit) -> Lease:
         """Brings the unit to DEVICE for the operation that asks; a live alias of it keeps it there."""
@@ -339,6 +356,7 @@ class Engine:
         total = 0.0
         for slot in slots:
             total += slot.stats().sum_squares
+        self._counters.grad_norm = total**0.5
         return total**0.5
 
     def update(self, rules: dict[int, Rule], slots: list[GradSlot]) -> None:
@@ -367,7 +385,9 @@ class Engine:
             self._warned = True
             log.warning("the order in which modules run has changed between steps; prefetch follows the new order")
         self._queue(left)
-        self.report.update_seconds += time.perf_counter() - began
+        self._counters.update_seconds += time.perf_counter() - began
+        self.last_step = self.manager.timeline.take()
+        self.on_step()
 
     def _settle_unused(self) -> None:
         """What the last forward did not use is still due from the step before."""
@@ -424,9 +444,25 @@ class Engine:
             if p._version != self._versions[id(p)]:
                 follow_user(self.manager, unit, slot, p.detach().cpu(), self.victims())
 
+    def report(self, lanes: Lanes | None = None, steps: int = 1) -> Report:
+        """Where the time of the last finished step went (or ``lanes``, the mean of ``steps``), beside its floor.
+
+        The first call measures the paths in use, for two seconds. Raises RuntimeError before the first step has ended.
+        """
+        lanes = lanes or self.last_step
+        if lanes is None:
+            raise RuntimeError("there is nothing to report before the first optimizer.step() has ended")
+        if self.bandwidths is None:
+            store = self.manager.store
+            placement, path = self.plan.placement, store.path if store else None
+            self.bandwidths = probe(paths_of(self.units, placement, self.device, path, self.io_options))
+        trained = sum(u.chunk.numel for u in self.units if u.trainable)
+        return make_report(lanes, self.plan, self.bandwidths, trained, steps)
+
     def take_report(self) -> StepReport:
-        """The report since the last call, and a fresh one."""
-        report, self.report = self.report, StepReport()
+        """The counters since the last call, and fresh ones. The timeline begins anew."""
+        self.manager.timeline.take()
+        report, self._counters = self._counters, StepReport()
         report.traffic, self.manager.traffic = self.manager.traffic, Traffic()
         return report
 
@@ -467,6 +503,7 @@ class Engine:
         if self.closed:
             return
         self.closed = True
+        self.on_close()
         for handle in self._handles:
             handle.remove()
         if self.hooks is not None:

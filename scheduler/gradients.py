@@ -13,6 +13,7 @@ back. So each user sees the gradient itself.
 from __future__ import annotations
 
 import math
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from tierflow.cpu_adam.kernels import GradStats, grad_stats, intake
 from tierflow.scheduler.binding import raw
 from tierflow.scheduler.hooks import in_backward
 from tierflow.scheduler.scaling import Scaling
-from tierflow.swap import Ticket
+from tierflow.swap import Lane, Ticket, Timeline
 from tierflow.swap.lanes import DeviceLane, Take
 
 _aten = torch.ops.aten
@@ -42,6 +43,7 @@ class GradContext:
 
     lane: DeviceLane
     scaling: Scaling = field(default_factory=Scaling)
+    timeline: Timeline = field(default_factory=Timeline)
     before_write: Callable[[GradSlot], None] = lambda slot: None
     arrived: Callable[[GradSlot], None] = lambda slot: None
 
@@ -96,14 +98,20 @@ class GradSlot:
         elif grad.device.type == "cpu":
             self._kernel(grad, accumulate)
         elif accumulate or grad.dtype != self.memory.dtype:
-            self._transfer = self.context.lane.drain_pieces(grad.contiguous(), self._taker(accumulate))
+            self._carry(self.context.lane.drain_pieces(grad.contiguous(), self._taker(accumulate)), grad.nbytes)
         else:  # the 16 bits that the device made cross once, behind the backward
-            self._transfer = self.context.lane.drain(self.memory, grad.contiguous(), transient=True)
+            self._carry(self.context.lane.drain(self.memory, grad.contiguous(), transient=True), grad.nbytes)
+
+    def _carry(self, transfer: Ticket, nbytes: int) -> None:
+        self._transfer = transfer
+        self.context.timeline.follow(Lane.TO_HOST, f"{self.name} grad", transfer.times, nbytes)
 
     def _kernel(self, grad: torch.Tensor, accumulate: bool) -> None:
         flat = grad.contiguous().view(-1)
         if self.memory.device.type == "cpu":
+            began = time.perf_counter()
             self._stats = intake(self.memory.view(-1), flat, accumulate=accumulate)
+            self.context.timeline.span(Lane.INTAKE, f"{self.name} grad", began, nbytes=flat.nbytes)
         else:  # the user assigned a gradient that is on the host
             self._intake(grad.to(self.memory.device), accumulate)
 
@@ -111,7 +119,9 @@ class GradSlot:
         flat = self.memory.view(-1)
 
         def take(at: int, piece: torch.Tensor) -> None:
+            began = time.perf_counter()
             stats = intake(flat[at : at + piece.numel()], piece, accumulate=accumulate)
+            self.context.timeline.span(Lane.INTAKE, f"{self.name} grad", began, nbytes=piece.nbytes)
             # sums of pieces added up would have other bits than the whole's
             self._stats = stats if piece.numel() == flat.numel() else None
 

@@ -69,6 +69,7 @@ class ModelHooks:
         self._cache_was_on: list[bool] = []
         self._handles: list[Any] = []
         self._managed = units
+        self._watch = engine.watch
         for module, needed in module_units(model, units).items():
             self._handles.append(module.register_forward_pre_hook(self._before(needed), prepend=True))
             self._handles.append(module.register_forward_hook(self._after, always_call=True))
@@ -88,6 +89,7 @@ class ModelHooks:
         self._engine.acquire(unit)
         if self._frames:
             self._frames[-1].append(unit)
+            self._watch.enter(unit.label)
             return
         self._until_backward_ends.append(unit)
         task = torch._C._current_graph_task_id()
@@ -116,6 +118,7 @@ class ModelHooks:
             for unit in needed:
                 self._engine.acquire(unit)
                 self._frames[-1].append(unit)
+                self._watch.enter(unit.label)
 
         return enter
 
@@ -124,6 +127,8 @@ class ModelHooks:
             self._leave()
 
     def _enter(self) -> None:
+        if not self._frames:
+            self._watch.forward_began()
         push = not self._frames and not (in_backward() and not _no_saved_tensor_hooks())
         if push:  # refused inside torch.func's transforms: nothing is noted then
             torch._C._autograd._push_saved_tensors_default_hooks(self._pack, self._unpack)
@@ -136,10 +141,13 @@ class ModelHooks:
 
     def _leave(self) -> None:
         for unit in reversed(self._frames.pop()):
-            self._engine.release(unit)
+            if self._engine.release(unit) == 0:
+                self._watch.leave(unit.label)
         if self._pushed.pop():
             torch._C._autograd._pop_saved_tensors_default_hooks()
             torch.set_autocast_cache_enabled(self._cache_was_on.pop())
+        if not self._frames:
+            self._watch.forward_ended()
         if not self._frames and not in_backward() and torch.is_grad_enabled():
             self._engine.recorder.forward_ended()
 
@@ -158,6 +166,7 @@ class ModelHooks:
             )  # fmt: skip
 
     def _unpack(self, saved: SavedWeight | SavedTensor) -> torch.Tensor:
+        self._watch.in_backward()
         if isinstance(saved, SavedTensor):
             if saved.tensor._version != saved.version:
                 raise RuntimeError(
@@ -180,6 +189,7 @@ class ModelHooks:
         if saved.negative:
             alias = torch._neg_view(alias)
         engine.prefetch()
+        self._watch.unpacked(saved.unit.label)
         return alias
 
 

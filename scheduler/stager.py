@@ -10,9 +10,10 @@ import torch
 from tierflow.cpu_adam import kernels, reference
 from tierflow.scheduler.jobs import Job, Piece, kinds, segments
 from tierflow.scheduler.units import Unit
-from tierflow.swap import Chunk, Kind, Manager, Ticket, Tier
+from tierflow.swap import Chunk, Kind, Lane, Manager, Ticket, Tier
 from tierflow.swap.lanes import finish
 from tierflow.swap.manager import Victims
+from tierflow.swap.timeline import Inline
 
 #: Elements that torch's operators update at a time on an accelerator: their fp64 intermediates are that long.
 _DEVICE_ELEMENTS = 1 << 21
@@ -28,6 +29,7 @@ class Stager:
     def __init__(self, manager: Manager, on_device: bool, worker: bool):
         self.manager, self.on_device = manager, on_device
         self.kernel_seconds = 0.0
+        self._timeline = manager.timeline
         self._worker = ThreadPoolExecutor(1, "tierflow-update") if worker else None
 
     def in_place(self, chunk: Chunk) -> Tier | None:
@@ -93,7 +95,9 @@ class Stager:
             return self.manager.read(chunk, data, at)
         source = self.manager.memory(chunk, home).bytes()
         self.manager.traffic.to_host += data.nbytes
-        return self.manager.lane.drain(data, source[at : at + data.nbytes])
+        ticket = self.manager.lane.drain(data, source[at : at + data.nbytes])
+        self._timeline.follow(Lane.TO_HOST, self._timeline.name(chunk.id), ticket.times, data.nbytes)
+        return ticket
 
     def compute(self, piece: Piece) -> None:
         """Starts the kernel over the piece, whose bytes are there."""
@@ -108,7 +112,8 @@ class Stager:
         piece.kernel.set_result(None)
 
     def _kernel(self, piece: Piece) -> None:
-        began = time.perf_counter()
+        on_host = self._worker is not None or not self.on_device
+        began, stamp = time.perf_counter(), None if on_host else self.manager.lane.stamp()
         for kind, before in piece.before.items():
             before.copy_(piece.tensors[kind])
         for low, high, offset, grad, rule in segments(piece.job, piece.begin, piece.end):
@@ -126,6 +131,9 @@ class Stager:
                     maximize=rule.maximize, unscale=rule.unscale, clip=rule.clip,
                 )  # fmt: skip
         self.kernel_seconds += time.perf_counter() - began
+        work = Inline(began) if stamp is None else self.manager.lane.stretch(stamp)
+        nbytes = sum(t.nbytes for t in piece.tensors.values())
+        self._timeline.follow(Lane.UPDATE, f"{piece.job.unit.label} update", work, nbytes)
 
     def write(self, piece: Piece) -> None:
         """Starts writing what changed to the homes that are not where it was computed."""
@@ -140,7 +148,9 @@ class Stager:
             elif kind in piece.staged:
                 home = manager.memory(chunk, manager.home(chunk)).bytes()
                 manager.traffic.to_device += data.nbytes
-                piece.fills.append(manager.lane.fill(home[at : at + data.nbytes], data.view(torch.uint8)))
+                fill = manager.lane.fill(home[at : at + data.nbytes], data.view(torch.uint8))
+                self._timeline.follow(Lane.TO_DEVICE, self._timeline.name(chunk.id), fill.times, data.nbytes)
+                piece.fills.append(fill)
 
     def release(self, piece: Piece) -> None:
         """Gives the staging memory back; nothing of the piece is under way any more."""

@@ -40,6 +40,11 @@ class Unit:
     chunks: dict[Kind, Chunk] = field(default_factory=dict, repr=False)
 
     @property
+    def label(self) -> str:
+        """The name for people: that of the module whose parameters these are."""
+        return self.name or "model"
+
+    @property
     def chunk(self) -> Chunk:
         """The working weights."""
         return self.chunks[Kind.PARAM]

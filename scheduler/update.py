@@ -16,7 +16,7 @@ from collections.abc import Callable
 from tierflow.scheduler.jobs import Job, Piece, spans
 from tierflow.scheduler.stager import Stager
 from tierflow.scheduler.units import Unit
-from tierflow.swap import CapacityError, Chunk, CopyState, Event, Ticket, Tier
+from tierflow.swap import CapacityError, Chunk, CopyState, Event, Lane, Ticket, Tier
 from tierflow.swap.lanes import finish
 from tierflow.swap.manager import Victims
 
@@ -154,7 +154,7 @@ class UpdateQueue:
         if self._reading:
             self._wait_read(self._reading[0])
         elif self._computing:
-            self._computing[0].kernel.result()  # type: ignore[union-attr]
+            self._wait_kernel(self._computing[0])
         elif not self._begin(must=not self._writing):
             self._wait_write(self._writing[0])
 
@@ -163,12 +163,20 @@ class UpdateQueue:
         _finish_all(piece.reads)
         self._manager.settle_chunk(piece.job.unit.chunk)
         self._manager.traffic.wait_read += time.perf_counter() - began
+        self._manager.timeline.wait(Lane.READ, f"{piece.job.unit.label} states", began)
+
+    def _wait_kernel(self, piece: Piece) -> None:
+        began = time.perf_counter()
+        assert piece.kernel is not None
+        piece.kernel.result()
+        self._manager.timeline.wait(Lane.UPDATE, f"{piece.job.unit.label} update", began)
 
     def _wait_write(self, piece: Piece) -> None:
         began = time.perf_counter()
         _finish_all(piece.writes)
         _finish_all(piece.fills)
         self._manager.traffic.wait_write += time.perf_counter() - began
+        self._manager.timeline.wait(Lane.WRITE, f"{piece.job.unit.label} states", began)
 
     # ---- the stages of a piece
 

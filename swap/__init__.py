@@ -5,6 +5,7 @@ from tierflow.swap.lanes import CudaLane, HostLane, Ticket
 from tierflow.swap.ledger import TRANSITIONS, Event, Ledger
 from tierflow.swap.manager import Manager, TierPools, Traffic
 from tierflow.swap.pool import DebugMemory, Lease, Pool
+from tierflow.swap.timeline import Lane, Lanes, Span, Timeline
 from tierflow.swap.types import (
     ALIGN_BYTES,
     IO_BYTES,
@@ -30,13 +31,17 @@ __all__ = [
     "Event",
     "HostLane",
     "Kind",
+    "Lane",
+    "Lanes",
     "Lease",
     "Ledger",
     "LedgerError",
     "Manager",
     "Pool",
+    "Span",
     "Ticket",
     "Tier",
     "TierPools",
+    "Timeline",
     "Traffic",
 ]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from tierflow.swap.arena import REGISTER_BYTES, Arena
+from tierflow.swap.timeline import Inline, Timed
 
 #: Called with the index of a piece's first element and the piece in host memory.
 Take = Callable[[int, torch.Tensor], None]
@@ -26,8 +28,13 @@ class Ticket(Protocol):
         """Blocks until the end; raises the transfer's error."""
         ...
 
+    @property
+    def times(self) -> Timed:
+        """When bytes began to move and when the last was there. Holds none of the memory."""
+        ...
 
-class Done:
+
+class Done(Inline):
     """The ticket of a transfer that ended before it was returned."""
 
     def done(self) -> bool:
@@ -36,6 +43,11 @@ class Done:
 
     def wait(self) -> None:
         """Nothing to wait for."""
+
+    @property
+    def times(self) -> Inline:
+        """Its own."""
+        return self
 
 
 def finish(ticket: Ticket) -> None:
@@ -65,22 +77,26 @@ class HostLane:
 
     def fill(self, dst: torch.Tensor, src: torch.Tensor) -> Ticket:
         """Copies host bytes to the device copy."""
+        began = time.perf_counter()
         dst.copy_(src)
-        return Done()
+        return Done(began)
 
     def drain(self, dst: torch.Tensor, src: torch.Tensor, transient: bool = False) -> Ticket:
         """Copies device bytes to host memory."""
+        began = time.perf_counter()
         dst.copy_(src)
-        return Done()
+        return Done(began)
 
     def drain_pieces(self, src: torch.Tensor, take: Take) -> Ticket:
         """Gives ``take`` the bytes where they are."""
+        began = time.perf_counter()
         if src.numel():
             take(0, src.view(-1))
-        return Done()
+        return Done(began)
 
-    def before_use(self, ticket: Ticket) -> None:
-        """Orders the compute after the ticket."""
+    def before_use(self, ticket: Ticket) -> Stretch | None:
+        """Orders the compute after the ticket; returns how long the compute stands still for it, if it may."""
+        return None
 
     def after_use(self) -> object | None:
         """Marks the end of what the compute was given so far."""
@@ -89,13 +105,50 @@ class HostLane:
     def reuse_after(self, mark: object | None) -> None:
         """Orders later fills after the mark."""
 
+    def stamp(self) -> Any:
+        """The compute's place now, which ``stretch`` takes as its beginning."""
+        return time.perf_counter()
+
+    def stretch(self, begin: Any) -> Timed:
+        """What the compute did from ``begin`` to now."""
+        return Done(begin)
+
     def close(self) -> None:
         """Nothing is under way."""
 
 
+class _Anchor:
+    """An event whose time on the host's clock is known: what turns other events' distances from it into times."""
+
+    def __init__(self, stream: torch.cuda.Stream):
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record(stream)
+        self.event.synchronize()
+        self.seconds = time.perf_counter()
+
+    def time_of(self, event: torch.cuda.Event) -> float | None:
+        """Seconds of ``time.perf_counter()`` at which the device reached the event, None if it has not."""
+        return self.seconds + self.event.elapsed_time(event) / 1e3 if event.query() else None
+
+
+class Stretch:
+    """From one mark on a stream to another; both times are None until the device has got there."""
+
+    def __init__(self, anchor: _Anchor, begin: torch.cuda.Event, end: torch.cuda.Event):
+        self._anchor, self._begin, self._end = anchor, begin, end
+
+    @property
+    def began(self) -> float | None:
+        return self._anchor.time_of(self._begin)
+
+    @property
+    def ended(self) -> float | None:
+        return self._anchor.time_of(self._end)
+
+
 class _CudaTicket:
-    def __init__(self, event: torch.cuda.Event, keep: torch.Tensor):
-        self.event, self._keep = event, keep
+    def __init__(self, times: Stretch, event: torch.cuda.Event, keep: torch.Tensor):
+        self.times, self.event, self._keep = times, event, keep
 
     def done(self) -> bool:
         return self.event.query()
@@ -165,9 +218,25 @@ class Staging:
         self._under_way.clear()
 
 
+class _Both:
+    """From the beginning of one transfer to the end of another."""
+
+    def __init__(self, first: Timed, last: Timed):
+        self._first, self._last = first, last
+
+    @property
+    def began(self) -> float | None:
+        return self._first.began
+
+    @property
+    def ended(self) -> float | None:
+        return self._last.ended
+
+
 class _StagedTicket:
-    def __init__(self, staging: Staging, last: _Staged):
+    def __init__(self, staging: Staging, first: _Staged, last: _Staged):
         self._staging, self._last = staging, last
+        self.times = _Both(first.ticket.times, last.ticket.times)
 
     def done(self) -> bool:
         return self._last.taken
@@ -196,12 +265,30 @@ class CudaLane:
         self._staging_arena = staging
         self._staging: Staging | None = None
         self._compute: dict[int, torch.cuda.Stream] = {}
+        self._anchor = _Anchor(self._fill)
+
+    def _ticket(self, begin: torch.cuda.Event, end: torch.cuda.Event, keep: torch.Tensor) -> _CudaTicket:
+        return _CudaTicket(Stretch(self._anchor, begin, end), end, keep)
+
+    def _mark(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(stream)
+        return event
+
+    def stamp(self) -> Any:
+        """The compute stream's place now, which ``stretch`` takes as its beginning."""
+        return self._mark(self._now())
+
+    def stretch(self, begin: Any) -> Stretch:
+        """What the compute stream does from ``begin`` to what it was given last."""
+        return Stretch(self._anchor, begin, self.stamp())
 
     def fill(self, dst: torch.Tensor, src: torch.Tensor) -> Ticket:
         """Starts host -> device. The caller keeps both sides leased until the ticket is done."""
         with torch.cuda.stream(self._fill):
+            begin = self._mark(self._fill)
             _copy(dst, src)
-            return _CudaTicket(self._fill.record_event(), src)
+            return self._ticket(begin, self._mark(self._fill), src)
 
     def drain(self, dst: torch.Tensor, src: torch.Tensor, transient: bool = False) -> Ticket:
         """Starts device -> host, after what the compute stream was given so far.
@@ -211,10 +298,11 @@ class CudaLane:
         """
         self._drain.wait_stream(self._now())
         with torch.cuda.stream(self._drain):
+            begin = self._mark(self._drain)
             _copy(dst, src)
             if transient:  # not held by the ticket: the memory is free for others as soon as the copy has run
                 src.record_stream(self._drain)
-            return _CudaTicket(self._drain.record_event(), dst)
+            return self._ticket(begin, self._mark(self._drain), dst)
 
     def drain_pieces(self, src: torch.Tensor, take: Take) -> Ticket:
         """Carries a transient source through staging memory of fixed size; ``take`` gets its pieces in order.
@@ -222,14 +310,16 @@ class CudaLane:
         A piece is taken when its memory is needed again, by the thread that needs it, or when the ticket is waited
         for.
         """
-        flat, last = src.view(-1), None
+        first = last = None
+        flat = src.view(-1)
         staging = self._staging_ring()
         step = max(staging.piece_bytes // flat.itemsize, 1)
         for at in range(0, flat.numel(), step):
             part = flat[at : at + step]
             piece = staging.place(part.nbytes).view(part.dtype)
             last = staging.enter(self.drain(piece, part, transient=True), at, piece, take)
-        return Done() if last is None else _StagedTicket(staging, last)
+            first = first or last
+        return Done(time.perf_counter()) if first is None or last is None else _StagedTicket(staging, first, last)
 
     def _staging_ring(self) -> Staging:
         if self._staging is None:
@@ -243,10 +333,13 @@ class CudaLane:
         self._compute[stream.cuda_stream] = stream
         return stream
 
-    def before_use(self, ticket: Ticket) -> None:
-        """Makes the compute stream wait for the ticket without blocking the host."""
-        if isinstance(ticket, _CudaTicket):
-            self._now().wait_event(ticket.event)
+    def before_use(self, ticket: Ticket) -> Stretch | None:
+        """Makes the compute stream wait for the ticket without blocking the host; returns how long it stands still."""
+        if not isinstance(ticket, _CudaTicket):
+            return None
+        begin = self.stamp()
+        self._now().wait_event(ticket.event)
+        return self.stretch(begin)
 
     def after_use(self) -> object | None:
         """An event behind everything the compute stream was given so far."""

@@ -17,6 +17,7 @@ from tierflow.aio import Extent, Store
 from tierflow.swap.lanes import DeviceLane, Ticket, finish
 from tierflow.swap.ledger import Event, Ledger
 from tierflow.swap.pool import Lease, Pool
+from tierflow.swap.timeline import Lane, Timeline
 from tierflow.swap.types import CapacityError, Chunk, CopyState, Tier
 
 Victims = Callable[[Tier], Iterable[Chunk]]
@@ -71,6 +72,7 @@ class Manager:
     busy_aliases: Callable[[Chunk, Lease], bool] = lambda chunk, lease: False
     traffic: Traffic = field(default_factory=Traffic)
     observer: Callable[[], None] = lambda: None  # called after memory changed hands
+    timeline: Timeline = field(default_factory=Timeline)
 
     def __post_init__(self) -> None:
         self._leases: dict[tuple[int, Tier], Lease] = {}
@@ -131,13 +133,17 @@ class Manager:
         """Starts reading ``dst.nbytes`` bytes at byte ``begin`` of the chunk's extent (or second slot) into memory."""
         assert self.store is not None
         self.traffic.nvme_read += dst.nbytes
-        return self.store.read(dst, (self._spares if spare else self._extents)[chunk.id].offset + begin)
+        ticket = self.store.read(dst, (self._spares if spare else self._extents)[chunk.id].offset + begin)
+        self.timeline.follow(Lane.READ, self.timeline.name(chunk.id), ticket.times, dst.nbytes)
+        return ticket
 
     def write(self, chunk: Chunk, src: torch.Tensor, begin: int = 0, spare: bool = False) -> Ticket:
         """Starts writing ``src`` at byte ``begin`` of the chunk's extent (or second slot)."""
         assert self.store is not None
         self.traffic.nvme_written += src.nbytes
-        return self.store.write(src, (self._spares if spare else self._extents)[chunk.id].offset + begin)
+        ticket = self.store.write(src, (self._spares if spare else self._extents)[chunk.id].offset + begin)
+        self.timeline.follow(Lane.WRITE, self.timeline.name(chunk.id), ticket.times, src.nbytes)
+        return ticket
 
     # ---- staging memory
 
@@ -315,6 +321,7 @@ class Manager:
             fetch.unpin_host = False
 
     def _end_read(self, fetch: Fetch, read: Ticket) -> None:
+        began = time.perf_counter()
         try:
             finish(read)
         except BaseException:
@@ -322,6 +329,7 @@ class Manager:
             self._abort(fetch)
             raise
         fetch.read = None
+        self.timeline.wait(Lane.READ, self.timeline.name(fetch.chunk.id), began)
         self.ledger.apply(fetch.chunk, fetch.landing, Event.END_FILL)
         if fetch.target is not fetch.landing:
             self._pin_host(fetch)
@@ -355,7 +363,9 @@ class Manager:
     def _end(self, fetch: Fetch) -> None:
         self._advance(fetch, block=True)
         if fetch.fill is not None and fetch.chunk.id in self._fetches:
+            began = time.perf_counter()
             finish(fetch.fill)
+            self.timeline.wait(Lane.TO_DEVICE, self.timeline.name(fetch.chunk.id), began)
             self._filled(fetch)
 
     def _advance(self, fetch: Fetch, block: bool = False) -> None:
@@ -380,6 +390,7 @@ class Manager:
         source = self._leases[chunk.id, Tier.HOST].bytes()[: chunk.nbytes]
         target = self._leases[chunk.id, Tier.DEVICE].bytes()[: chunk.nbytes]
         fetch.fill = self.lane.fill(target, source)
+        self.timeline.follow(Lane.TO_DEVICE, self.timeline.name(chunk.id), fetch.fill.times, chunk.nbytes)
         self.traffic.to_device += chunk.nbytes
         self.traffic.wait_device += time.perf_counter() - began
 
@@ -407,7 +418,9 @@ class Manager:
         if fetch is not None:
             self._advance(fetch, block=True)
             if fetch.fill is not None and chunk.id in self._fetches:
-                self.lane.before_use(fetch.fill)
+                stall = self.lane.before_use(fetch.fill)
+                if stall is not None:
+                    self.timeline.follow(Lane.TO_DEVICE, self.timeline.name(chunk.id), stall, wait=True)
                 # ordered by the event: valid for everything issued from here on
                 if self.ledger.state(chunk, Tier.DEVICE) is CopyState.FILLING:
                     self.ledger.apply(chunk, Tier.DEVICE, Event.END_FILL)

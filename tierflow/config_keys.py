@@ -280,6 +280,8 @@ _TIERFLOW = [
               note="when the update runs: in `optimizer.step()`, before each unit's next use, or in the last backward and "
               "undone where clipping needs it; results are the same"),
     _honoured("tierflow.piece_elements", _POSITIVE, "auto", "elements", "of one piece of the update"),
+    _honoured("tierflow.trace", 'a path or "auto" (no trace)', "none", "file",
+              "Chrome trace (JSON) of optimizer steps 2 to 4, which Perfetto opens"),
     _honoured("tierflow.report", 'true, false or "auto"', "true", note="the memory table is logged (INFO) by `offload`; the config and the table are printed by `finetune`"),
 ]
 

@@ -80,6 +80,7 @@ class TierflowBlock(Block):
     update: Literal["auto", "immediate", "deferred", "speculative"] = "auto"
     piece_elements: Positive | None = None
     report: bool = True
+    trace: Directory | None = None
 
 
 class OffloadBlock(Block):

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from tierflow.chrome_trace import StepTrace, claim
 from tierflow.config import Config, ConfigError, load_config
 from tierflow.fill import Source, fill, from_model
 from tierflow.loss_scale import LossScale
@@ -66,6 +67,8 @@ def offload(
     if not isinstance(config, Config):  # whoever made the Config has seen its notes
         for note in cfg.ignored_notes():
             log.info(note)
+    if cfg.tierflow.trace is not None:
+        claim(cfg.tierflow.trace)
     groups = _groups(model, cfg, optimizer, param_groups)
     if getattr(model, "_tierflow_engine", None) is not None:
         raise ValueError("this model is offloaded already: close its optimizer before offloading it again")
@@ -83,6 +86,8 @@ def offload(
     scale = LossScale.of(cfg.fp16) if cfg.fp16.enabled else None
     result = OffloadOptimizer(engine, groups, cfg.gradient_clipping or 0.0, scale)
     model._tierflow_engine = engine  # type: ignore[assignment]
+    if cfg.tierflow.trace is not None:
+        StepTrace(engine, cfg.tierflow.trace)
     return model, result
 
 
@@ -285,6 +290,7 @@ def _build(
                 manager.add_spare(chunk)
         fill(manager, units, source)
         engine = Engine(model, units, plan, manager, settings.prefetch, settings.update)
+        engine.io_options = settings.aio
         _move_buffers(model, settings.device)
         engine.attach()
     except BaseException:

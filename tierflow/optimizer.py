@@ -172,7 +172,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         except ScaleAtMinimum as error:
             raise NonFiniteGradient(step, parameter, f" and {error}") from error
         self.skipped_steps += 1
-        self.last_grad_norm = self.engine.report.grad_norm = None
+        self.last_grad_norm = None
         log.info(
             "step skipped: the gradient of %r is not finite at loss scale %g; the scale is now %g",
             parameter, before, scale.scale,
@@ -182,7 +182,6 @@ class OffloadOptimizer(torch.optim.Optimizer):
     def _clip_factor(self, slots: list[GradSlot]) -> float:
         """The factor for ``gradient_clipping``, as torch's clip_grad_norm_ computes it in fp32."""
         self.last_grad_norm = self.engine.grad_norm(slots)
-        self.engine.report.grad_norm = self.last_grad_norm
         if not self.gradient_clipping:
             return 1.0
         norm = torch.tensor(self.last_grad_norm, dtype=torch.float32)

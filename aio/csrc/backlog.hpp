@@ -33,6 +33,7 @@ class Backlog {
   bool pop(Block& out) {
     if (waiting_.empty()) return false;
     const TicketPtr& ticket = waiting_.front();
+    if (cut_ == 0) ticket->begin();
     out.ticket = ticket;
     out.data = ticket->data + cut_;
     out.offset = ticket->offset + cut_;

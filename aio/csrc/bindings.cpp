@@ -94,7 +94,9 @@ PYBIND11_MODULE(_aio, m) {
       .def("wait", &wait)
       .def_property_readonly("failed_offset", [](const Ticket& t) { return t.failure().offset; })
       .def_property_readonly("failed_length", [](const Ticket& t) { return t.failure().length; })
-      .def_property_readonly("seconds", &Ticket::seconds);
+      .def_property_readonly("seconds", &Ticket::seconds)
+      .def_property_readonly("began", &Ticket::began)
+      .def_property_readonly("ended", &Ticket::ended);
 
   py::class_<Engine, EnginePtr>(m, "Engine")
       .def("submit", &submit, py::arg("file"), py::arg("write"), py::arg("address"), py::arg("offset"),

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 
 #include "file.hpp"
 
@@ -54,6 +55,9 @@ class Ticket {
     started_ = Clock::now();
   }
 
+  // For the engine: the first block goes to the kernel. Until then the ticket only waits its turn.
+  void begin() noexcept { began_.store(Clock::now().time_since_epoch().count(), std::memory_order_relaxed); }
+
   // For the engine: one block is back. The first failure is the ticket's. True for the last block, after which the
   // engine does its books and calls finish().
   bool block_done(const Failure& failure) {
@@ -84,12 +88,25 @@ class Ticket {
     return done() ? std::chrono::duration<double>(ended_ - started_).count() : 0.0;
   }
 
+  // On the steady clock, which on Linux is CLOCK_MONOTONIC and so Python's time.perf_counter(); none before the event.
+  std::optional<double> began() const noexcept {
+    const Clock::rep count = began_.load(std::memory_order_relaxed);
+    return count == kNever ? std::nullopt : std::optional<double>(since_epoch(Clock::duration(count)));
+  }
+  std::optional<double> ended() const noexcept {
+    return done() ? std::optional<double>(since_epoch(ended_.time_since_epoch())) : std::nullopt;
+  }
+
  private:
+  static constexpr Clock::rep kNever = -1;
+  static double since_epoch(Clock::duration time) noexcept { return std::chrono::duration<double>(time).count(); }
+
   std::mutex mutex_;
   std::condition_variable finished_;
   uint64_t blocks_left_ = 0;
   Failure failure_;
   Clock::time_point started_, ended_;
+  std::atomic<Clock::rep> began_{kNever};
   std::atomic<bool> done_{false};
 };
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import threading
+import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,6 +32,31 @@ def test_round_trip(store: aio.Store, memory: Any, nbytes: int) -> None:
     assert ticket.done() and ticket.nbytes == nbytes and ticket.seconds > 0
     assert (store.bytes_written, store.bytes_read) == (nbytes, nbytes)
     assert store.read_seconds > 0 and store.write_seconds > 0
+
+
+def test_a_ticket_knows_on_pythons_clock_when_it_began_and_ended(store: aio.Store, memory: Any) -> None:
+    extent, content = store.allocate(4 * MIB), memory(4 * MIB)
+    before = time.perf_counter()
+    tickets = [store.write(content, extent.offset) for _ in range(8)]
+    for ticket in tickets:
+        ticket.wait()
+    after = time.perf_counter()
+    for ticket in tickets:
+        assert ticket.began is not None and ticket.ended is not None
+        assert before <= ticket.began < ticket.ended <= after
+        # submission is not counted as the beginning: what waits in the queue has not begun
+        assert ticket.ended - ticket.began <= ticket.seconds
+    # first in, first out: the queue's tail begins after its head
+    assert [t.began for t in tickets] == sorted(t.began for t in tickets)  # type: ignore[type-var]
+
+
+def test_a_ticket_in_the_queue_has_neither_begun_nor_ended(disk: Path, engine: str, memory: Any) -> None:
+    with aio.open(disk, 64 * MIB, engine=engine, block_size=MIB, queue_depth=1, threads=1) as store:  # type: ignore[arg-type]
+        extent, content = store.allocate(64 * MIB), memory(64 * MIB)
+        ahead, behind = (store.write(content, extent.offset) for _ in range(2))
+        seen = behind.began, behind.ended, ahead.ended
+        behind.wait()
+    assert seen == (None, None, None)
 
 
 def test_many_at_once_against_a_model(store: aio.Store, memory: Any) -> None:

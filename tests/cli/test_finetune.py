@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,25 @@ def test_everything_on_nvme_from_the_command_line(folder: Path, tmp_path: Path) 
     ids = tokenizer(TEXT[:100], return_tensors="pt").input_ids
     assert math.isfinite(model(input_ids=ids, labels=ids).loss.item())
     assert not (out / "swap").exists()
+
+
+def test_report_and_trace_of_a_run(folder: Path, tmp_path: Path) -> None:
+    out, trace = tmp_path / "out", tmp_path / "trace.json"
+    done = run(
+        folder, out, "--config", config(tmp_path / "c.json"), "--steps", "6", "--report", "--trace", str(trace),
+        "--eval-every", "3", "--eval-data", str(folder / "held.txt"), "--eval-tokens", "64",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = re.search(r"^step (\S+) s \(mean of 4 steps\), floor (\S+) s by the \w+", done.stdout, re.M)
+    assert table and "what would help most: " in done.stdout and re.search(r"^NVMe read ", done.stdout, re.M)
+    steps = json.loads((out / "metrics.json").read_text())["steps"]
+    assert float(table[1]) > 0.5 * sum(s["seconds"] for s in steps[2:]) / 4
+    body = json.loads(trace.read_text())
+    moved = {c: sum(e["args"]["bytes"] for e in body["traceEvents"] if e.get("cat") == c) for c in ("NVMe read", "NVMe write")}
+    traced = steps[1:4]
+    assert moved["NVMe write"] == sum(s["nvme_written"] for s in traced)
+    # the evaluation after step 3 reads weights too
+    assert moved["NVMe read"] >= sum(s["nvme_read"] for s in traced) > 0
 
 
 def test_resume_goes_on_bit_for_bit(folder: Path, tmp_path: Path) -> None:

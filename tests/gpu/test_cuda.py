@@ -6,6 +6,7 @@ import copy
 import math
 import os
 import random
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 
 import tierflow
 from tierflow.scheduler import memory as scheduler_memory
-from tierflow.swap import Arena, CudaArena, CudaLane, DebugMemory, Pool
+from tierflow.swap import Arena, CudaArena, CudaLane, DebugMemory, Lane, Pool
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)
@@ -231,6 +232,41 @@ def test_copies_are_cut_where_registrations_end(monkeypatch) -> None:
     lane.close()
     del host
     arena.close()
+
+
+def test_transfers_and_stalls_are_timed_on_the_hosts_clock() -> None:
+    host = Arena(64 << 20)
+    assert scheduler_memory.register(host, CUDA) is None
+    lane = CudaLane(CUDA, Arena(1 << 20))
+    source, target = host.bytes_at(0, host.nbytes), torch.zeros(64 << 20, dtype=torch.uint8, device=CUDA)
+    before = time.perf_counter()
+    ticket = lane.fill(target, source)
+    stall = lane.before_use(ticket)
+    target.add_(1)
+    ticket.wait()
+    torch.cuda.synchronize()
+    after = time.perf_counter()
+    times = ticket.times
+    assert times.began is not None and times.ended is not None and stall is not None
+    assert before - 1e-3 <= times.began < times.ended <= after + 1e-3
+    assert stall.began is not None and stall.ended is not None and times.ended - 1e-3 <= stall.ended <= after + 1e-3
+    lane.close()
+    del source
+    host.close()
+
+
+def test_a_report_has_the_accelerators_lanes(tmp_path) -> None:
+    model = wide()
+    _, optimizer = tierflow.offload(model, tiny.config("everything", tmp_path, device_memory="40MB"))
+    for step in range(3):
+        wide_loss(model, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    report = optimizer.engine.report()
+    assert set(report.floor.resources) == {"accelerator", "processor", "drive", "host to device", "device to host"}
+    assert all(0 <= s <= report.seconds for s in report.lanes.busy.values())
+    assert report.lanes.busy[Lane.COMPUTE] > 0 and report.lanes.nbytes[Lane.TO_DEVICE] > 0
+    optimizer.close()
 
 
 class _Refuses:

@@ -121,7 +121,7 @@ def run(path: Path, placement: str, accumulation: int, clip: float, seed: int | 
     model = tiny.llama(layers=2, hidden=32)
     made = config(path, placement, accumulation, clip, initial_scale_power=24, hysteresis=2)
     if placement != "device":
-        caps = tiny.tight(model)
+        caps = tiny.tight(model, placement)
         made["tierflow"] |= caps
     debug = None if seed is None else DebugMemory(random.Random(seed))
     _, optimizer = tierflow.offload(model, made, debug_memory=debug)

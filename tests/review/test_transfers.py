@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import time
 
 import pytest
 import tiny
@@ -17,13 +18,14 @@ from tierflow.scheduler.gradients import GradContext, GradSlot
 from tierflow.scheduler.placement import Placement
 from tierflow.swap import CopyState, DebugMemory, HostLane, Ticket, Tier
 from tierflow.swap.lanes import CudaLane, Staging
+from tierflow.swap.timeline import Inline
 
 
 class Late:
     """A ticket that is not done before somebody waits; ``interrupts`` waits end with Ctrl-C first."""
 
     def __init__(self, inner: Ticket, interrupts: int = 0):
-        self.inner, self.interrupts, self.waited = inner, interrupts, False
+        self.inner, self.interrupts, self.waited, self.times = inner, interrupts, False, inner.times
 
     def done(self) -> bool:
         return self.waited
@@ -41,6 +43,7 @@ class Fill:
 
     def __init__(self, lane: SideStream, dst: torch.Tensor, src: torch.Tensor):
         self.lane, self.dst, self.src, self.ran, self.seen = lane, dst, src, False, False
+        self.times = Inline(time.perf_counter())
 
     def done(self) -> bool:
         self.seen = self.seen or (self.ran and self.lane.rng.random() < 0.3)
@@ -268,7 +271,7 @@ def test_staging_gives_every_piece_once_and_in_order() -> None:
 
     class Copy:
         def __init__(self, dst: torch.Tensor, src: torch.Tensor):
-            self.dst, self.src = dst, src
+            self.dst, self.src, self.times = dst, src, Inline(time.perf_counter())
 
         def done(self) -> bool:
             return False

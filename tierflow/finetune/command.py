@@ -99,6 +99,8 @@ def effective_config(options: Options) -> Config:
         over["gradient_accumulation_steps"] = options.accumulation
     if options.micro_batch is not None:
         over["train_micro_batch_size_per_gpu"] = options.micro_batch
+    if options.trace is not None:
+        over["tierflow"] = {"trace": str(options.trace)}
     return load_config(options.config, overrides=over)
 
 
@@ -218,6 +220,8 @@ def _finish(run: Run, console: Console, samples: dict[str, str]) -> None:
     )
     picture = plot(run.trainer.history, run.trainer.meter, plan, options.output)
     write_metrics(run.trainer.history, plan, peak, samples, options.output)
+    if options.report:
+        console.print(str(run.trainer.meter.report()), highlight=False, markup=False, soft_wrap=True)
     console.print(f"model, metrics.json and {picture.name} are in {options.output}", highlight=False, soft_wrap=True)
 
 

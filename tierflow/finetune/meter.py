@@ -10,10 +10,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tierflow.scheduler.engine import Engine
-from tierflow.swap import Tier
+from tierflow.scheduler.report import Report
+from tierflow.swap import Lanes, Tier
 
 #: Occupancy is noted at most this often (seconds): a plot has no more points than it can show.
 SAMPLE_SECONDS = 0.05
+#: Steps that a report leaves out: the order of use is learned, and memory is touched for the first time.
+WARM_UP = 2
 
 
 @dataclass
@@ -65,6 +68,8 @@ class Meter:
     seconds: list[float] = field(default_factory=list)
     held: dict[Tier, list[int]] = field(default_factory=lambda: {t: [] for t in Tier})
     _phases: dict[str, float] = field(default_factory=dict)
+    _steps: int = 0
+    _lanes: Lanes | None = None  # summed over the steps after the warm-up
 
     def __post_init__(self) -> None:
         self.engine.manager.observer = self.sample
@@ -93,11 +98,26 @@ class Meter:
         report, phases = self.engine.take_report(), self._phases
         self._phases = {}
         moved = report.traffic
+        self._count_lanes()
         forward, backward, update = (phases.get(n, 0.0) for n in ("forward", "backward", "update"))
         return StepRecord(
             step, loss, lr, tokens, grad_norm, forward, backward, update, moved.wait_read + moved.wait_write,
             moved.nvme_read, moved.nvme_written, sum(phases.values()),
         )  # fmt: skip
+
+
+    def _count_lanes(self) -> None:
+        self._steps += 1
+        last = self.engine.last_step
+        if self._steps > WARM_UP and last is not None:
+            self._lanes = last if self._lanes is None else self._lanes + last
+
+    def report(self) -> Report:
+        """Where the time of a mean step went, the first WARM_UP left out; of the last step if there were no more."""
+        if self._lanes is None:
+            return self.engine.report()
+        count = self._steps - WARM_UP
+        return self.engine.report(self._lanes / count, count)
 
 
 def peak_rss() -> int:

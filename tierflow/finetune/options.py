@@ -35,6 +35,8 @@ class Options:
     resume: bool = False
     prompt: str | None = None
     nvme_path: Path | None = None
+    report: bool = False
+    trace: Path | None = None
 
     @property
     def swap(self) -> Path:
