@@ -100,6 +100,8 @@ def bench_train(
     layers: Annotated[int | None, typer.Option(min=1, help="Cut the model to so many layers: no longer that model.")] = None,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Activation checkpointing.")] = False,
     clip: Annotated[float | None, typer.Option(min=0.0, help="Clip the gradient's norm at this.")] = None,
+    head_chunk: Annotated[int | None, typer.Option(min=1, help="Tokens whose logits exist at once; head and embedding gradients in blocks. CPU only.")] = None,
+    private_memory: Annotated[str | None, typer.Option(help="Have the kernel refuse the process more private memory (RLIMIT_DATA).")] = None,
     config: Annotated[Path | None, typer.Option(help="Offload config (JSON) for anything else; options come before it.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
     seed: Annotated[int, typer.Option(help="Of weights and tokens.")] = 0,
@@ -110,7 +112,7 @@ def bench_train(
 
     options = Options(
         shape, device_memory, host_memory, nvme, param, optimizer, dtype, batch, accumulation, sequence_length, steps,
-        layers, checkpointing, clip, config, json, seed,
+        layers, checkpointing, clip, head_chunk, private_memory, config, json, seed,
     )  # fmt: skip
     console = Console()
     with _errors(console):

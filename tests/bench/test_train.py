@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from tierflow.bench.run import Options, prepare, steps
 from tierflow.bench.weights import random_weights
 from tierflow.cli import app
+from tierflow.scheduler.blocks import deliver_in_blocks
 from tierflow.scheduler.units import Slot
 
 
@@ -78,6 +79,7 @@ def test_a_cut_model_says_it_is_none(shape: Path, tmp_path: Path) -> None:
         (("--config", "missing.json"), "missing.json"),
         (("--json", "no/where.json"), "--json no/where.json"),
         (("--layers", "5"), "--layers 5"),
+        (("--private-memory", "lots"), "--private-memory lots"),
     ],
 )
 def test_bad_input_is_one_clear_error(
@@ -116,6 +118,36 @@ def test_the_same_seed_gives_the_same_losses_wherever_the_state_lives(shape: Pat
     )
     assert near == far
     assert near != losses(shape, dtype=dtype, seed=1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_chunked_head_agrees_between_placements_and_nearly_with_the_whole(
+    shape: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    monkeypatch.setattr(deliver_in_blocks, "__defaults__", (1 << 12, 1 << 11))
+    near = losses(shape, param="device", optimizer="device", dtype=dtype, head_chunk=4)
+    far = losses(
+        shape, param="nvme", optimizer="nvme", nvme=tmp_path, device_memory="300kB", host_memory="2MB", dtype=dtype,
+        head_chunk=4,
+    )  # fmt: skip
+    assert near == far
+    whole = losses(shape, dtype=dtype)
+    tolerance = 1e-5 if dtype == "float32" else 1e-2
+    torch.testing.assert_close(torch.tensor(near), torch.tensor(whole), rtol=tolerance, atol=0)
+
+
+def test_logits_that_are_more_than_a_product_are_refused(tmp_path: Path) -> None:
+    data = {"model_type": "gemma2", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 99,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}  # fmt: skip
+    (tmp_path / "gemma.json").write_text(json.dumps(data))
+    done = refused("--shape", str(tmp_path / "gemma.json"), "--head-chunk", "8")
+    assert "--head-chunk" in done and "more with its logits" in done
+
+
+def test_the_kernel_holds_the_process_to_its_private_memory(shape: Path, tmp_path: Path) -> None:
+    done = bench(shape, tmp_path, "--steps", "1", "--sequence-length", "16", "--private-memory", "60MB")
+    assert done.returncode == 1 and "Traceback" not in done.stderr + done.stdout
+    assert "memory ran out" in done.stdout and "--private-memory" in done.stdout
 
 
 def test_weights_are_drawn_as_the_model_is_initialised() -> None:

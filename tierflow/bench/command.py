@@ -6,6 +6,8 @@ import json
 import platform
 import statistics
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -32,6 +34,11 @@ def train(options: Options, console: Console) -> None:
     torch.manual_seed(options.seed)
     if options.json is not None and not options.json.absolute().parent.is_dir():
         raise ValueError(f"--json {options.json}: no folder {options.json.absolute().parent}; make it, or name another")
+    with _memory_may_run_out():
+        _run(options, console)
+
+
+def _run(options: Options, console: Console) -> None:
     with console.status("placing random weights"):
         run = prepare(options)
     try:
@@ -41,13 +48,23 @@ def train(options: Options, console: Console) -> None:
             console.print(record.line(options.steps), highlight=False, soft_wrap=True)
             records.append(record)
         _finish(run, records, console)
-    except torch.OutOfMemoryError as error:
-        raise ValueError(
-            f"the device's memory ran out beside the tiers ({str(error).splitlines()[0]}): lower --batch or "
-            "--sequence-length, or use --checkpointing"
-        ) from error
     finally:
         run.optimizer.close()
+
+
+@contextmanager
+def _memory_may_run_out() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        # torch has no type of its own for this on the CPU
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"memory ran out beside the tiers ({reason}): lower --batch or --sequence-length, use "
+            "--checkpointing or --head-chunk, lower --device-memory and --host-memory, or raise --private-memory"
+        ) from error
 
 
 def _show(run: Run, console: Console) -> None:

@@ -32,6 +32,8 @@ class Options:
     layers: int | None = None
     checkpointing: bool = False
     clip: float | None = None
+    head_chunk: int | None = None
+    private_memory: str | None = None
     config: Path | None = None
     json: Path | None = None
     seed: int = 0
@@ -89,16 +91,16 @@ def _placement(options: Options) -> dict[str, Any]:
 
 
 def _caps(options: Options) -> dict[str, int]:
-    given = (("--device-memory", options.device_memory), ("--host-memory", options.host_memory))
-    caps = {}
-    for option, text in given:
-        if text is None or text == "auto":
-            continue
-        try:
-            caps[option[2:].replace("-", "_")] = parse_size(text)
-        except ValueError as error:
-            raise ValueError(f"{option} {text}: {error}") from None
-    return caps
+    given = {"device_memory": options.device_memory, "host_memory": options.host_memory}
+    return {key: read_size(_OPTIONS[key], text) for key, text in given.items() if text not in (None, "auto")}
+
+
+def read_size(option: str, text: str | None) -> int:
+    """Bytes. Raises ValueError naming the option."""
+    try:
+        return parse_size(text or "")
+    except ValueError as error:
+        raise ValueError(f"{option} {text}: {error}") from None
 
 
 def _check_path(options: Options, config: Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tierflow.bench.options import Options, effective_config, in_options
+from tierflow.bench.loss import chunked_loss, has_plain_head
+from tierflow.bench.options import Options, effective_config, in_options, read_size
 from tierflow.bench.shapes import Shape, load_shape
 from tierflow.bench.weights import random_weights
 from tierflow.bench.work import Work, count_work
@@ -21,6 +23,7 @@ from tierflow.finetune.train import token_loss
 from tierflow.loading import build_from_config
 from tierflow.offloading import offload
 from tierflow.optimizer import OffloadOptimizer
+from tierflow.scheduler.blocks import deliver_in_blocks
 from tierflow.scheduler.placement import DoesNotFit
 from tierflow.settings import pick_device
 from tierflow.swap import Tier
@@ -70,9 +73,12 @@ def prepare(options: Options) -> Run:
     try:
         config = effective_config(options)
         device = pick_device(config)
+        if options.head_chunk is not None and device.type != "cpu":
+            raise ValueError("--head-chunk: only on a CPU so far; leave it out")
         shape = load_shape(options.shape, options.layers)
         dtype = pick_dtype(options.dtype, device)
         before, began = peak_rss(), time.perf_counter()
+        _limit_private_memory(options)
         model = _build(options, shape, dtype)
         config = _hold_process(config, device, model, options)
         std = float(getattr(shape.config.get_text_config(), "initializer_range", None) or 0.02)
@@ -82,6 +88,8 @@ def prepare(options: Options) -> Run:
         raise ConfigError(*(in_options(p) for p in error.problems)) from None
     except DoesNotFit as error:
         raise DoesNotFit(in_options(str(error)) + _untried(options)) from None
+    if options.head_chunk is not None:
+        deliver_in_blocks(model, optimizer.engine.slots)
     work = count_work(model, options.checkpointing)
     return Run(
         options, config, shape, dtype, device, model, optimizer, work, before, peak_rss(), time.perf_counter() - began
@@ -117,8 +125,21 @@ def _build(options: Options, shape: Shape, dtype: torch.dtype) -> nn.Module:
         if not getattr(model, "supports_gradient_checkpointing", False):
             raise ValueError(f"--checkpointing: transformers has none for a {kind!r} model; leave it out")
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    if options.head_chunk is not None and not has_plain_head(model):
+        raise ValueError(f"--head-chunk: a {kind!r} model does more with its logits than a product; leave it out")
     model.train()
     return model
+
+
+def _limit_private_memory(options: Options) -> None:
+    """Has the kernel refuse the process more private writable memory than this."""
+    if options.private_memory is None:
+        return
+    limit, hard = read_size("--private-memory", options.private_memory), resource.getrlimit(resource.RLIMIT_DATA)[1]
+    try:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    except ValueError:
+        raise ValueError(f"--private-memory {options.private_memory}: above this process's own limit, {hard:,}") from None
 
 
 def _untried(options: Options) -> str:
@@ -168,7 +189,7 @@ def _step(run: Run, meter: Meter, index: int, batch: Callable[[], torch.Tensor])
     for _ in range(run.accumulation):
         ids = batch()
         with meter.phase("forward"):
-            part = token_loss(run.model, ids, ids, predicted)
+            part = _loss(run, ids, predicted)
         loss += part.item()
         with meter.phase("backward"):
             part.backward()
@@ -180,6 +201,12 @@ def _step(run: Run, meter: Meter, index: int, batch: Callable[[], torch.Tensor])
     lr, norm = float(run.optimizer.param_groups[0]["lr"]), run.optimizer.last_grad_norm or 0.0
     record = meter.end_step(index, loss, lr, run.tokens_per_step, norm)
     return replace(record, seconds=time.perf_counter() - began)
+
+
+def _loss(run: Run, ids: torch.Tensor, tokens: int) -> torch.Tensor:
+    if run.options.head_chunk is None:
+        return token_loss(run.model, ids, ids, tokens)
+    return chunked_loss(run.model, ids, tokens, run.options.head_chunk)
 
 
 def held(run: Run) -> dict[Tier, int]:
