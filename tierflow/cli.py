@@ -13,6 +13,9 @@ app = typer.Typer(
     help="Train models whose state does not fit the accelerator.", no_args_is_help=True, pretty_exceptions_enable=False
 )
 
+bench = typer.Typer(help="Measure training on this machine.", no_args_is_help=True, pretty_exceptions_enable=False)
+app.add_typer(bench, name="bench")
+
 Paths = list[Path]
 
 
@@ -77,6 +80,46 @@ def finetune(
     console = Console()
     with _errors(console):
         run(options, console)
+
+
+@bench.callback()
+def _bench() -> None:
+    """Measure training on this machine."""
+
+
+@bench.command("train")
+def bench_train(
+    shape: Annotated[str, typer.Option(help="llama-1b, -3b, -7b, -8b, -13b, -70b, or a Hugging Face config file or folder.")],
+    device_memory: Annotated[str | None, typer.Option(help="Cap on device memory, as 24GB; with CUDA on all the process takes of it.")] = None,
+    host_memory: Annotated[str | None, typer.Option(help="Cap on what tierflow holds in host memory.")] = None,
+    nvme: Annotated[Path | None, typer.Option(help="Folder on the drive for what lives on NVMe.")] = None,
+    param: Annotated[str | None, typer.Option(help="Where weights live: device, cpu, nvme or auto.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="Where optimizer states live: device, cpu, nvme or auto.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16; auto: bfloat16 on an accelerator, else float32.")] = "auto",
+    batch: Annotated[int | None, typer.Option(min=1, help="Sequences per forward; default the config's, else 1.")] = None,
+    accumulation: Annotated[int | None, typer.Option(min=1, help="Micro-batches per optimizer step.")] = None,
+    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")] = 512,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps; the first is not in the figures if there are more.")] = 4,
+    layers: Annotated[int | None, typer.Option(min=1, help="Cut the model to so many layers: no longer that model.")] = None,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Activation checkpointing.")] = False,
+    clip: Annotated[float | None, typer.Option(min=0.0, help="Clip the gradient's norm at this.")] = None,
+    head_chunk: Annotated[int | None, typer.Option(min=1, help="Tokens whose logits exist at once; head and embedding gradients in blocks. CPU only.")] = None,
+    private_memory: Annotated[str | None, typer.Option(help="Have the kernel refuse the process more private memory (RLIMIT_DATA).")] = None,
+    config: Annotated[Path | None, typer.Option(help="Offload config (JSON) for anything else; options come before it.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
+    seed: Annotated[int, typer.Option(help="Of weights and tokens.")] = 0,
+) -> None:
+    """Train a model of any shape on random weights and tokens, and say what it took."""
+    from tierflow.bench.command import train
+    from tierflow.bench.options import Options
+
+    options = Options(
+        shape, device_memory, host_memory, nvme, param, optimizer, dtype, batch, accumulation, sequence_length, steps,
+        layers, checkpointing, clip, head_chunk, private_memory, config, json, seed,
+    )  # fmt: skip
+    console = Console()
+    with _errors(console):
+        train(options, console)
 
 
 @app.command()

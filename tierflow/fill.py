@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 
 import torch
@@ -48,6 +49,18 @@ def fill(manager: Manager, units: list[Unit], source: Source) -> None:
                     _give_back(manager, moved)
                 raise
             moved.append((unit, slot, param, dtype))
+    _trim_heap()
+
+
+def _trim_heap() -> None:
+    """Gives the kernel back what is free inside the C heap.
+
+    Aligned allocations of changing sizes leave holes there that the next ones do not fit: a model of a billion
+    parameters left half a gigabyte behind.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others have none
+    if trim is not None:
+        trim(0)
 
 
 def _give_back(manager: Manager, moved: list[tuple[Unit, Slot, torch.nn.Parameter, torch.dtype]]) -> None:

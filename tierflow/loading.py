@@ -39,12 +39,19 @@ def load(
 
 
 def build_empty(model_class: Any, folder: str | Path, dtype: torch.dtype) -> nn.Module:
-    """The model with parameters that take no memory and with its buffers computed."""
+    """The model of a Hugging Face folder, built as ``build_from_config`` does."""
     from transformers import AutoConfig
 
     if not (Path(folder) / "config.json").exists():
         raise WeightsError(f"{folder}: no config.json; give the folder of a Hugging Face model")
-    config = AutoConfig.from_pretrained(folder)
+    return build_from_config(model_class, AutoConfig.from_pretrained(folder), dtype)
+
+
+def build_from_config(model_class: Any, config: Any, dtype: torch.dtype) -> nn.Module:
+    """The model with parameters that take no memory and with its buffers computed.
+
+    ``offload`` needs a ``source`` for such parameters.
+    """
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -443,3 +443,36 @@ def test_a_closed_engine_says_so_and_holds_nothing(tmp_path: Path) -> None:
 
 def _link(name: str) -> bool:
     return os.path.islink(f"/proc/self/fd/{name}")
+
+
+# ---- the C heap
+
+_FILL = """
+import os, sys, torch, tierflow
+from tierflow.swap import Tier
+from torch import nn
+
+def anonymous():
+    return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("RssAnon"))
+
+values = lambda slot, param: torch.zeros(slot.shape, dtype=param.dtype).fill_(0.5)
+model = nn.Sequential(*[nn.Linear(2048, 1024, bias=False, device="meta") for _ in range(24)]).to(torch.bfloat16)
+for layer in model:
+    layer.weight = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16).as_strided((1024, 2048), (0, 0)))
+config = {"optimizer": {}, "zero_optimization": {
+    name: {"device": "nvme", "nvme_path": sys.argv[1]} for name in ("offload_param", "offload_optimizer")},
+    "tierflow": {"device_memory": "8MB", "host_memory": "150MB"}}
+before = anonymous()
+_, optimizer = tierflow.offload(model, config, source=values)
+plan = optimizer.engine.plan
+print(anonymous() - before - sum(plan.total(t) for t in (Tier.DEVICE, Tier.HOST)))
+optimizer.close()
+"""
+
+
+def test_placing_weights_leaves_no_holes_in_the_heap(tmp_path: Path) -> None:
+    """24 weights of 4 MB, each with a remainder, passed through the heap one by one."""
+    command = [sys.executable, "-c", _FILL, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=child_environment(), timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 40_000_000
