@@ -21,6 +21,7 @@ def _pair(param: str, optimizer: str) -> dict[str, str]:
 
 
 _DEEPSPEED, _TIERFLOW = ("deepspeed", "with_deepspeed"), ("tierflow", "with_tierflow")
+_MADE_UNDER_INIT = _pair("nvme", "nvme") | {"model": "zero.Init"}
 
 CONTENDERS = (
     Contender("torch", "plain torch, fused AdamW", "torch", "plain_torch"),
@@ -28,6 +29,7 @@ CONTENDERS = (
     Contender("deepspeed-cpu", "DeepSpeed ZeRO-3, optimizer on CPU", *_DEEPSPEED, _pair("none", "cpu")),
     Contender("deepspeed-nvme", "DeepSpeed ZeRO-3, optimizer on NVMe", *_DEEPSPEED, _pair("none", "nvme")),
     Contender("deepspeed-all-nvme", "DeepSpeed ZeRO-3, everything on NVMe", *_DEEPSPEED, _pair("nvme", "nvme")),
+    Contender("deepspeed-all-nvme-init", "... and the model made under zero.Init", *_DEEPSPEED, _MADE_UNDER_INIT),
     Contender("tierflow-resident", "tierflow, everything on the device", *_TIERFLOW, _pair("none", "none")),
     Contender("tierflow-cpu", "tierflow, optimizer on CPU", *_TIERFLOW, _pair("none", "cpu")),
     Contender("tierflow-nvme", "tierflow, optimizer on NVMe", *_TIERFLOW, _pair("none", "nvme")),
