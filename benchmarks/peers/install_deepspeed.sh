@@ -3,7 +3,8 @@
 #
 # For bench_train.py --deepspeed-python DIR/bin/python. Torch and transformers are the versions that the environment of
 # PYTHON (default: .venv/bin/python, what ./run makes) has, so that both train the same model; torch is a CPU build.
-# DeepSpeed's operators are compiled here rather than in the first measured run: that takes some ten minutes.
+# DeepSpeed's operators are compiled here, into DIR/operators, rather than in the first measured run: that takes some ten
+# minutes.
 # Needs a C++ compiler, Python's headers, and libaio's (Debian: libaio-dev), which are installed as root if missing.
 set -eu
 DIR=${1:?usage: install_deepspeed.sh DIR}
@@ -30,8 +31,9 @@ $pip "torch==$torch+cpu" || $pip --index-url "$TORCH_CPU_INDEX" "torch==$torch+c
 DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $pip --no-build-isolation deepspeed==0.19.8
 $pip "transformers==$transformers"
 
+DIR=$(cd "$DIR" && pwd)
 # DeepSpeed finds ninja through PATH.
-PATH="$(cd "$DIR" && pwd)/bin:$PATH" DS_ACCELERATOR=cpu "$DIR/bin/python" - <<'END'
+PATH="$DIR/bin:$PATH" TORCH_EXTENSIONS_DIR="$DIR/operators" DS_ACCELERATOR=cpu "$DIR/bin/python" - <<'END'
 from deepspeed.accelerator import get_accelerator
 
 for name in ("CPUAdamBuilder", "FusedAdamBuilder", "AsyncIOBuilder", "ShareMemCommBuilder", "PinMemoryBuilder"):

@@ -10,12 +10,15 @@ from rich.table import Table
 from train.summary import LOSS_TOLERANCE, PHASES
 
 _COLUMNS = (
-    "s/step", "min..max", "x torch", "fwd", "bwd", "step", "waiting s", "peak RSS GiB", "NVMe GB/step", "engine's GB", "loss off by",
+    "s/step", "min..max", "x torch", "fwd", "bwd", "step", "waiting s", "peak RSS GiB (steps)", "NVMe GB/step", "engine's GB", "loss off by",
 )  # fmt: skip
 
 
 def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
-    """Medians over all timed steps; the ratio is the median over rounds of that round's ratio."""
+    """Medians over all timed steps; the ratio is the median over rounds of that round's ratio.
+
+    The peak is the process's, set-up included, and in brackets that of the timed steps alone.
+    """
     table = Table(title=title, title_justify="left")
     table.add_column("contender", no_wrap=True)
     for name in _COLUMNS:
@@ -44,7 +47,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{ratio['median']:.2f}" if ratio else "",
         *(f"{row['phases'][p]:.2f}" for p in PHASES),
         f"{sum(waits):.2f}" if waits else "",
-        f"{row['peak_bytes'] / 2**30:.2f}",
+        f"{row['peak_bytes'] / 2**30:.2f} ({row['peak_sampled_bytes'] / 2**30:.2f})",
         f"{row['kernel_read'] / 1e9:.2f}+{row['kernel_written'] / 1e9:.2f}",
         "+".join(counted),
         "" if row["loss_difference"] is None else f"{row['loss_difference']:.0e}",

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from typing import Any
 
 # Before deepspeed is imported: it chooses its accelerator then, and wants a launcher's variables even for one rank.
 os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ["TORCH_EXTENSIONS_DIR"] = os.path.join(sys.prefix, "operators")  # where install_deepspeed.sh built them
 os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1", MASTER_ADDR="127.0.0.1")
 
 import deepspeed
