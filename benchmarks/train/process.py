@@ -1,0 +1,84 @@
+"""One contender's process: ``python -m train.process SPEC RESULT`` trains and writes what it measured as JSON.
+
+The result holds ``error``, and ``where`` it was raised, instead where the driver raised; the exit status is then 1.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import platform
+import re
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from train.measure import Phases, kernel_io, peak_resident, resident
+from train.model import micro_batches
+from train.spec import Spec
+
+
+def measure(spec: Spec) -> dict[str, Any]:
+    """Seconds by step and phase, losses of all steps (the warm-up's first), bytes and memory."""
+    driver = importlib.import_module(f"train.{spec.driver}")
+    imported = resident()
+    trainer = driver.Trainer(spec)
+    batches = micro_batches(spec)
+    losses = [trainer.step(next(batches), Phases()) for _ in range(spec.warmup)]
+    trainer.counts()
+    steps: list[dict[str, float]] = []
+    before, began = kernel_io(), time.monotonic()
+    for _ in range(spec.steps):
+        ids, phases, start = next(batches), Phases(), time.perf_counter()
+        losses.append(trainer.step(ids, phases))
+        steps.append({"seconds": time.perf_counter() - start, **phases.seconds})
+    ended, after = time.monotonic(), kernel_io()
+    result = {
+        "steps": steps,
+        "losses": losses,
+        "window": [began, ended],  # on the clock that all processes share
+        "kernel_read": (after[0] - before[0]) / spec.steps,
+        "kernel_written": (after[1] - before[1]) / spec.steps,
+        "engine": {name: value / spec.steps for name, value in trainer.counts().items()},
+        "imported_bytes": imported,
+        "peak_bytes": peak_resident(),
+        "facts": facts() | trainer.facts(),
+    }
+    trainer.close()
+    return result
+
+
+def facts() -> dict[str, Any]:
+    """Versions and threads of this process."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def where(error: Exception) -> list[str]:
+    """The innermost calls that led to it, without this machine's folders."""
+    frames = traceback.extract_tb(error.__traceback__)[-4:]
+    return [f"{re.split('-packages/|benchmarks/', f.filename)[-1]}:{f.lineno} {f.name}" for f in frames]
+
+
+def main() -> int:
+    spec, path = Spec.read(Path(sys.argv[1])), Path(sys.argv[2])
+    try:
+        result = measure(spec)
+    except Exception as error:
+        traceback.print_exc()
+        result = {"error": f"{type(error).__name__}: {error}".strip(), "where": where(error)}
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return 1 if "error" in result else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
