@@ -270,6 +270,10 @@ _TIERFLOW = [
     _honoured("tierflow.device", '"auto", "cpu", "cuda" or "cuda:N"', "auto"),
     _honoured("tierflow.engine", '"auto", "io_uring" or "threads"', "auto", note="how files are read and written"),
     _honoured("tierflow.prefetch", 'true, false or "auto"', "true", note="false fetches on demand; results are the same"),
+    _honoured("tierflow.accumulation", '"auto", "layer_major" or "micro_batch"', "auto",
+              note="the order of micro-batches in `train_batch` and `finetune`: layer_major fetches a unit once for all "
+                   "of them, while their activations wait in memory; same bits where nothing draws random numbers; auto "
+                   "takes it where it saves fetches, nothing draws, and the activations fit"),
     _honoured("tierflow.piece_elements", _POSITIVE, "auto", "elements", "of one piece of the update"),
     _honoured("tierflow.report", 'true, false or "auto"', "true", note="the memory table is logged (INFO) by `offload`; the config and the table are printed by `finetune`"),
 ]

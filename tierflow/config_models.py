@@ -69,7 +69,7 @@ class Block(BaseModel):
 class TierflowBlock(Block):
     """What DeepSpeed has no key for. Memory figures are caps in bytes on what tierflow holds in that tier."""
 
-    says_auto = frozenset({"optimizer_state", "device", "engine"})
+    says_auto = frozenset({"optimizer_state", "device", "engine", "accumulation"})
     device_memory: Size | None = None
     host_memory: Size | None = None
     nvme_capacity: Size | None = None
@@ -77,6 +77,7 @@ class TierflowBlock(Block):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:(0|[1-9][0-9]{0,3}))?)$")] = "auto"
     engine: Literal["auto", "io_uring", "threads"] = "auto"
     prefetch: bool = True
+    accumulation: Literal["auto", "layer_major", "micro_batch"] = "auto"
     piece_elements: Positive | None = None
     report: bool = True
 

@@ -64,6 +64,10 @@ class OffloadOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
+    def backward(self, loss: torch.Tensor) -> None:
+        """Runs the backward from the loss."""
+        loss.backward()
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient. ``closure`` is called first, with grad enabled."""
