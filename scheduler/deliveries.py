@@ -55,8 +55,8 @@ class Deliveries:
         if any(o.index > mine.index and key in o.counts for o in others) and not self._warned:
             self._warned = True
             log.warning(
-                "in one layer-major step gradients were added in another order than micro-batch by micro-batch, since a "
-                "parameter was used more often than in the steps before: the sum may differ in its last bits"
+                "in a layer-major step a gradient was added in another order than micro-batch by micro-batch, since a "
+                "parameter was used in more places than in any step before: the sum may differ in its last bits"
             )
 
     def finish(self, mine: Delivered) -> None:

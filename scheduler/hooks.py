@@ -74,7 +74,12 @@ class Running:
 
     def holds(self, unit: Unit) -> bool:
         """Whether one of its own modules, or its backward, has the unit pinned."""
-        return unit in self.until_backward_ends or any(unit in frame for frame in self.frames)
+        return unit.index in self.units()
+
+    def units(self) -> set[int]:
+        """Indices of the units that it has pinned."""
+        held = {unit.index for frame in self.frames for unit in frame}
+        return held.union(unit.index for unit in self.until_backward_ends)
 
 
 class ModelHooks:

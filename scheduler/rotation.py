@@ -8,7 +8,9 @@ micro-batch alone. The turn to the backward is no change of unit: a head's forwa
 run without a break, so that the logits of one micro-batch exist at a time.
 
 Where micro-batches take different ways (experts, early exit) they meet again where they can; a micro-batch that waits
-for an earlier one's gradient ([Note: order of deliveries]) or for room is passed over until that has come.
+for an earlier one's gradient ([Note: order of deliveries]) or for room is passed over until that has come. Units that
+the waiting ones have pinned are to lie within what the running one needs anyway, which the plan has room for: so one
+whose way leads elsewhere waits until those have left the modules that they are in.
 
 [Note: stopping] After an error, or Ctrl-C in the caller, every other micro-batch raises ``Stopped`` at its next chance
 to give the turn away, and unwinds with the turn in its hands, one after the other.
@@ -262,8 +264,15 @@ class Rotation:
         left = [t for t in self._turns if not t.finished]
         if not self._stopping:
             left = [t for t in left if not t.starved and (t.waits is None or t.waits())]
-        # one that has not begun is behind all, and is not at any unit
-        return min(left, key=lambda t: (t.visits > 0 and t.unit != self._unit, t.visits, t.index), default=None)
+        pinned = {unit for t in self._turns for unit in t.running.units()}
+
+        def rank(turn: Turn) -> tuple[bool, bool, int, int]:
+            if turn.unit is None:  # it has not begun, and pins nothing before it has arrived somewhere
+                return False, False, 0, turn.index
+            beyond = bool(pinned - turn.running.units() - {turn.unit})
+            return beyond, turn.unit != self._unit, turn.visits, turn.index
+
+        return min(left, key=rank, default=None)
 
     def _give_turn_away(self, turn: Turn) -> None:
         following = self._choose()
