@@ -76,7 +76,8 @@ class Rotation:
 
     def __init__(self, engine: Engine):
         self._engine = engine
-        self._deliveries = Deliveries((p for u in engine.units for p in u.params), self._arriving)
+        watched = engine.units if engine.hooks is not None else []  # else there are no turns to take
+        self._deliveries = Deliveries((p for u in watched for p in u.params), self._arriving)
         self._turns: list[Turn] = []
         self._current: Turn | None = None
         self._unit: int | None = None

@@ -254,8 +254,8 @@ def test_layer_major_reads_what_one_micro_batch_reads(tmp_path) -> None:
     assert found["layer_major", COUNT] == found["layer_major", 1]
     assert found["micro_batch", COUNT][0] > 2 * found["layer_major", COUNT][0]
     for key, (read, written) in found.items():
-        # the plan assumes that the backward comes to the units as the forward did; here it uses one more often
-        assert abs(read - planned[key][0]) <= 0.06 * planned[key][0], (key, found, planned)
+        # the plan takes the backward for the forward reversed; here it uses one unit more often
+        assert abs(read - planned[key][0]) <= 0.1 * planned[key][0], (key, found, planned)
         assert written == planned[key][1]
 
 
@@ -514,3 +514,30 @@ def test_phases_follow_whoever_runs(tmp_path) -> None:
     changes = [p for i, p in enumerate(names) if i == 0 or names[i - 1] != p]
     assert changes == ["forward", "backward", "forward", "backward", "update"]
     assert said[-1] is None
+
+
+class Foreign(nn.Module):
+    """Uses weights of blocks that do not run, and one of them transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = torch.tanh(block(x))
+        return (nn.functional.linear(x, self.blocks[0].weight.t()) @ self.blocks[2].weight).square().mean()
+
+
+@pytest.mark.parametrize("mode", [None, True, False])
+def test_weights_of_modules_that_do_not_run(mode: bool | None, tmp_path) -> None:
+    torch.manual_seed(1)
+    model = Foreign()
+    steps = [[torch.randn(3, 32, requires_grad=True) for _ in range(COUNT)] for _ in range(3)]
+
+    def loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return model(x) if mode is None else checkpoint(model, x, use_reentrant=mode)
+
+    expected = plain(copy.deepcopy(model), steps, loss)
+    with engine_for(model, tmp_path, device_memory="20KB") as engine:
+        equal(train(engine, steps, loss), expected)
