@@ -2,8 +2,8 @@
 
 [Note: turns] Each micro-batch's forward and backward runs in a thread of its own, for autograd keeps its state by
 thread, but one runs at a time: whoever has the turn. A micro-batch that comes to another unit than it was at gives
-the turn away: first to those that want the unit that is there now, then to the one that has come least far. So
-unit k serves micro-batches 0, 1, 2, ... before anyone goes on to unit k + 1, and the order of use is that of one
+the turn away: first to those that want the unit that is there now, then to the one whose unit the trace says comes
+next. So unit k serves micro-batches 0, 1, 2, ... before anyone goes on to unit k + 1, and the order of use is that of one
 micro-batch alone. The turn to the backward is no change of unit: a head's forward, the loss and the head's backward
 run without a break, so that the logits of one micro-batch exist at a time.
 
@@ -56,7 +56,6 @@ class Turn:
     gate: threading.Lock = field(default_factory=_closed_gate)
     phase: str | None = None
     unit: int | None = None  # where it is, or wants to go next
-    visits: int = 0
     waits: Callable[[], bool] | None = None  # until this is true
     starved: bool = False  # until another one has come further
     result: Any = None
@@ -228,7 +227,7 @@ class Rotation:
             raise Stopped
         if turn.unit == unit:
             return
-        turn.unit, turn.visits = unit, turn.visits + 1
+        turn.unit = unit
         self._came_further()
         self._give_turn_away(turn)
         self._unit = unit
@@ -265,13 +264,14 @@ class Rotation:
         left = [t for t in self._turns if not t.finished]
         if not self._stopping:
             left = [t for t in left if not t.starved and (t.waits is None or t.waits())]
+        trace = self._engine.recorder.trace
         pinned = {unit for t in self._turns for unit in t.running.units()}
 
-        def rank(turn: Turn) -> tuple[bool, bool, int, int]:
+        def rank(turn: Turn) -> tuple[bool, int, int]:
             if turn.unit is None:  # it has not begun, and pins nothing before it has arrived somewhere
-                return False, False, 0, turn.index
+                return False, -1, turn.index
             beyond = bool(pinned - turn.running.units() - {turn.unit})
-            return beyond, turn.unit != self._unit, turn.visits, turn.index
+            return beyond, 0 if turn.unit == self._unit else trace.next_use(turn.unit), turn.index
 
         return min(left, key=rank, default=None)
 

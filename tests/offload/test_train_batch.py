@@ -234,6 +234,21 @@ def test_the_turns_of_two_micro_batches(tmp_path) -> None:
     assert seen == expected
 
 
+def test_micro_batches_that_leave_out_units_meet_again(tmp_path) -> None:
+    model = Ways(depth=6)
+    orders = [[0, 1, 2, 3, 4, 5], [0, 3, 4, 5]]
+    with engine_for(model, tmp_path, count=2) as engine:
+        steps = ways([orders] * 2)
+        engine.train_batch(steps[0], way_loss)
+        inner, seen = engine.optimizer.engine, []
+        real = inner.acquire
+        inner.acquire = lambda unit, *args: (seen.append(unit.name), real(unit, *args))[1]
+        engine.train_batch(steps[1], way_loss)
+    blocks = [name for name in seen if name.startswith("blocks")]
+    inside = 3  # a block and its two modules
+    assert blocks == [f"blocks.{i}" for i in range(6) for _ in range(inside * sum(i in order for order in orders))]
+
+
 def bytes_of_last_step(engine, steps, loss=None) -> tuple[int, int]:
     for step in steps:
         engine.optimizer.engine.take_report()
