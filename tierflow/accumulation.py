@@ -17,6 +17,7 @@ from tierflow.scheduler.ambient import DrawProbe, not_carried
 from tierflow.scheduler.engine import Engine
 from tierflow.scheduler.rotation import Job, Rotation
 from tierflow.scheduler.traffic import Pools, default_order, estimate
+from tierflow.scheduler.units import Unit
 from tierflow.sizes import format_size as size
 from tierflow.swap import Tier
 
@@ -127,9 +128,9 @@ class Accumulation:
 
     def _auto(self, count: int) -> Choice:
         assert self._learned is not None
-        one, free = self._learned.activations, self._free()
+        one, free = self._learned.activations + tied_gradients(self._engine.units), self._free()
         at_once = fitting(count, one, free, DEVICE_SLACK if self._engine.device.type == "cuda" else HOST_SLACK)
-        room = f"each leaves {size(one)} for its backward, {size(free)} are free"
+        room = f"each that waits takes {size(one)}, {size(free)} are free"
         if self._wanted == "layer_major":
             return Choice("layer_major", max(at_once, 2), f"as the config says; {room}")
         if self._learned.drew:
@@ -168,6 +169,12 @@ class Accumulation:
         if line not in self._said:
             self._said.add(line)
             log.info(line)
+
+
+def tied_gradients(units: list[Unit]) -> int:
+    """Bytes that autograd holds in each backward between the first and the last use of tied weights."""
+    tied = ((u, s) for u in units if u.trainable for s in u.slots if len(s.names) > 1)
+    return sum(s.numel * u.dtype.itemsize for u, s in tied)
 
 
 def fitting(count: int, one: int, free: int, slack: float) -> int:

@@ -556,3 +556,11 @@ def test_weights_of_modules_that_do_not_run(mode: bool | None, tmp_path) -> None
     expected = plain(copy.deepcopy(model), steps, loss)
     with engine_for(model, tmp_path, device_memory="20KB") as engine:
         equal(train(engine, steps, loss), expected)
+
+
+def test_the_gradient_of_a_tied_head_waits_too(tmp_path) -> None:
+    from tierflow.accumulation import tied_gradients
+
+    for name, expected in (("llama", 4 * VOCAB * 32), ("untied", 0)):
+        with engine_for(build(name), tmp_path) as engine:
+            assert tied_gradients(engine.optimizer.engine.units) == expected
