@@ -16,17 +16,24 @@ it had saved: ours are pushed only where none are.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 
+from tierflow.scheduler.activations import Gauge
 from tierflow.scheduler.binding import raw
 from tierflow.scheduler.units import Unit, module_units
+from tierflow.scheduler.watch import ComputeWatch
+from tierflow.swap import CapacityError
 
 if TYPE_CHECKING:
     from tierflow.scheduler.engine import Engine
+    from tierflow.scheduler.rotation import Rotation
+
+
+_T = TypeVar("_T")
 
 
 def in_backward() -> bool:
@@ -56,20 +63,38 @@ class SavedTensor:
     version: int
 
 
+@dataclass(eq=False)
+class Running:
+    """What one forward and backward has under way: the pins of the modules that run, and what was pushed for them."""
+
+    watch: ComputeWatch
+    frames: list[list[Unit]] = field(default_factory=list)
+    until_backward_ends: list[Unit] = field(default_factory=list)
+    callback_task: int = -1
+    pushed: list[bool] = field(default_factory=list)
+    cache_was_on: list[bool] = field(default_factory=list)
+
+    def holds(self, unit: Unit) -> bool:
+        """Whether one of its own modules, or its backward, has the unit pinned."""
+        return unit.index in self.units()
+
+    def units(self) -> set[int]:
+        """Indices of the units that it has pinned."""
+        held = {unit.index for frame in self.frames for unit in frame}
+        return held.union(unit.index for unit in self.until_backward_ends)
+
+
 class ModelHooks:
-    """The hooks of one engine on one model, and the pins of the modules that are running."""
+    """The hooks of one engine on one model. ``running`` is swapped when micro-batches take turns (``Rotation``)."""
 
     def __init__(self, engine: Engine, model: nn.Module, units: list[Unit]):
         self._engine = engine
         self._root = model
-        self._frames: list[list[Unit]] = []
-        self._until_backward_ends: list[Unit] = []
-        self._callback_task = -1
-        self._pushed: list[bool] = []
-        self._cache_was_on: list[bool] = []
+        self.running = Running(engine.watch)
+        self.rotation: Rotation | None = None
+        self.gauge: Gauge | None = None
         self._handles: list[Any] = []
         self._managed = units
-        self._watch = engine.watch
         for module, needed in module_units(model, units).items():
             self._handles.append(module.register_forward_pre_hook(self._before(needed), prepend=True))
             self._handles.append(module.register_forward_hook(self._after, always_call=True))
@@ -82,74 +107,95 @@ class ModelHooks:
 
     def inside(self) -> bool:
         """Whether a managed module runs, or a backward does."""
-        return bool(self._frames) or in_backward()
+        return bool(self.running.frames) or in_backward()
 
     def hold(self, unit: Unit) -> None:
         """Pins the unit until the innermost running module ends, or the backward does."""
-        self._engine.acquire(unit)
-        if self._frames:
-            self._frames[-1].append(unit)
-            self._watch.enter(unit.label)
+        self._acquire(unit)
+        running = self.running
+        if running.frames:
+            running.frames[-1].append(unit)
+            running.watch.enter(unit.label)
             return
-        self._until_backward_ends.append(unit)
+        running.until_backward_ends.append(unit)
         task = torch._C._current_graph_task_id()
-        if self._callback_task != task:
-            self._callback_task = task
+        if running.callback_task != task:
+            running.callback_task = task
             torch.autograd.Variable._execution_engine.queue_callback(self._backward_ended)
 
     def _backward_ended(self) -> None:
-        self._callback_task = -1
-        while self._until_backward_ends:
-            self._engine.release(self._until_backward_ends.pop())
+        self.running.callback_task = -1
+        while self.running.until_backward_ends:
+            self._engine.release(self.running.until_backward_ends.pop())
 
     def reset(self) -> None:
         """Gives up pins that an interrupted forward or backward left behind."""
         self._backward_ended()
-        while self._frames:
+        while self.running.frames:
             self._leave()
+
+    def _acquire(self, unit: Unit) -> None:
+        if self.rotation is not None and not self.running.holds(unit):
+            self.rotation.arrive(unit.index)
+        self._with_room(lambda: self._engine.acquire(unit))
+
+    def _with_room(self, take: Callable[[], _T]) -> _T:
+        """Other micro-batches may hold the memory that this one needs."""
+        while True:
+            try:
+                return take()
+            except CapacityError:
+                if self.rotation is None or not self.rotation.wait_for_room():
+                    raise
 
     # ---- module hooks
 
     def _before(self, needed: list[Unit]) -> Callable[..., None]:
         def enter(module: nn.Module, _args: Any) -> None:
-            if module is self._root and self._frames and not in_backward():
+            if module is self._root and self.running.frames and not in_backward():
                 self.reset()  # Ctrl-C in an earlier forward: torch calls no hook for it
             self._enter()
             for unit in needed:
-                self._engine.acquire(unit)
-                self._frames[-1].append(unit)
-                self._watch.enter(unit.label)
+                self._acquire(unit)
+                self.running.frames[-1].append(unit)
+                self.running.watch.enter(unit.label)
 
         return enter
 
-    def _after(self, _module: nn.Module, _args: Any, _output: Any) -> None:
-        if self._frames:
+    def _after(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        if self.gauge is not None:
+            self.gauge.note_all(output)
+        if self.running.frames:
             self._leave()
 
     def _enter(self) -> None:
-        if not self._frames:
-            self._watch.forward_began()
-        push = not self._frames and not (in_backward() and not _no_saved_tensor_hooks())
+        running = self.running
+        if not running.frames:
+            running.watch.forward_began()
+        push = not running.frames and not (in_backward() and not _no_saved_tensor_hooks())
         if push:  # refused inside torch.func's transforms: nothing is noted then
             torch._C._autograd._push_saved_tensors_default_hooks(self._pack, self._unpack)
-        self._frames.append([])
-        self._pushed.append(push)
+        running.frames.append([])
+        running.pushed.append(push)
         if push:
             # autocast would keep 16-bit copies of weights alive after their unit is gone
-            self._cache_was_on.append(torch.is_autocast_cache_enabled())
+            running.cache_was_on.append(torch.is_autocast_cache_enabled())
             torch.set_autocast_cache_enabled(False)
 
     def _leave(self) -> None:
-        for unit in reversed(self._frames.pop()):
+        running = self.running
+        for unit in reversed(running.frames.pop()):
             if self._engine.release(unit) == 0:
-                self._watch.leave(unit.label)
-        if self._pushed.pop():
+                running.watch.leave(unit.label)
+        if running.pushed.pop():
             torch._C._autograd._pop_saved_tensors_default_hooks()
-            torch.set_autocast_cache_enabled(self._cache_was_on.pop())
-        if not self._frames:
-            self._watch.forward_ended()
-        if not self._frames and not in_backward() and torch.is_grad_enabled():
+            torch.set_autocast_cache_enabled(running.cache_was_on.pop())
+        if not running.frames:
+            running.watch.forward_ended()
+        if not running.frames and not in_backward() and torch.is_grad_enabled():
             self._engine.recorder.forward_ended()
+            if self.gauge is not None:
+                self.gauge.forward_ended()
 
     # ---- saved tensors
 
@@ -157,6 +203,8 @@ class ModelHooks:
         with raw():
             unit = self._engine.binder.unit_of(tensor)
             if unit is None:
+                if self.gauge is not None:
+                    self.gauge.note(tensor)
                 # detached, or a node that saves its own output would keep itself, and a forward without a
                 # backward its activations, for ever; the version counter is shared
                 return SavedTensor(tensor.detach(), tensor._version)
@@ -166,7 +214,7 @@ class ModelHooks:
             )  # fmt: skip
 
     def _unpack(self, saved: SavedWeight | SavedTensor) -> torch.Tensor:
-        self._watch.in_backward()
+        self.running.watch.in_backward()
         if isinstance(saved, SavedTensor):
             if saved.tensor._version != saved.version:
                 raise RuntimeError(
@@ -182,14 +230,16 @@ class ModelHooks:
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
                 f"the weights of {saved.unit.name!r} were updated between this forward and its backward"
             )
-        lease = engine.touch(saved.unit)
+        if self.rotation is not None and not self.running.holds(saved.unit):
+            self.rotation.arrive(saved.unit.index)
+        lease = self._with_room(lambda: engine.touch(saved.unit))
         alias = torch.as_strided(lease.bytes().view(saved.dtype), saved.size, saved.stride, saved.offset)
         if saved.conjugate:  # lazy: a flag of the tensor, not of its bytes
             alias = alias.conj()
         if saved.negative:
             alias = torch._neg_view(alias)
         engine.prefetch()
-        self._watch.unpacked(saved.unit.label)
+        self.running.watch.unpacked(saved.unit.label)
         return alias
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -20,14 +22,25 @@ class UnscaledBackward(RuntimeError):
 class Scaling:
     """Shared by all gradients of an engine.
 
-    ``factor``: what the backward that may run now multiplies gradients by; None where none may run (fp16, outside
-    ``OffloadOptimizer.backward``).
+    ``resting``: what a backward outside ``carrying`` multiplies gradients by; None where none may run (fp16).
     """
 
-    factor: float | None = 1.0
+    resting: float | None = 1.0
+    _factor: float = 1.0
+    _running: int = 0
+
+    @contextmanager
+    def carrying(self, factor: float) -> Iterator[None]:
+        """Backwards inside carry ``factor``. Those of micro-batches that take turns overlap, with the same factor."""
+        self._factor, self._running = factor, self._running + 1
+        try:
+            yield
+        finally:
+            self._running -= 1
 
     def of_backward(self, name: str) -> float:
         """The factor in the gradient of parameter ``name`` that a backward delivers. Raises UnscaledBackward."""
-        if self.factor is None:
+        factor = self._factor if self._running else self.resting
+        if factor is None:
             raise UnscaledBackward(name)
-        return self.factor
+        return factor

@@ -218,7 +218,8 @@ def _sums(ended: list[Span], open_spans: list[Span], window: Interval) -> Lanes:
         if s.lane is Lane.COMPUTE and not s.wait:
             computed.setdefault(s.thread, []).append(interval)
             continue
-        (waited if s.wait else worked)[s.lane].append(interval)
+        if s.lane is not Lane.COMPUTE:  # who waits for the processor waits while it works
+            (waited if s.wait else worked)[s.lane].append(interval)
         if s.thread or s.wait:
             occupied.setdefault(s.thread, []).append(interval)
     for thread, own in computed.items():

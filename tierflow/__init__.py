@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tierflow.scheduler.guard import EvictedParameterError
     from tierflow.scheduler.placement import DoesNotFit
     from tierflow.swap.types import CapacityError
+    from tierflow.training import TrainingEngine, initialize
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,8 @@ _WHERE = {
     "EvictedParameterError": "scheduler.guard",
     "DoesNotFit": "scheduler.placement",
     "CapacityError": "swap.types",
+    "TrainingEngine": "training",
+    "initialize": "training",
 }
 
 __all__ = [
@@ -48,8 +51,10 @@ __all__ = [
     "EvictedParameterError",
     "NonFiniteGradient",
     "OffloadOptimizer",
+    "TrainingEngine",
     "engine_of",
     "gathered",
+    "initialize",
     "load",
     "load_checkpoint",
     "load_config",

@@ -279,6 +279,10 @@ _TIERFLOW = [
     _honoured("tierflow.update", '"auto", "immediate", "deferred" or "speculative"', "auto",
               note="when the update runs: in `optimizer.step()`, before each unit's next use, or in the last backward and "
               "undone where clipping needs it; results are the same"),
+    _honoured("tierflow.accumulation", '"auto", "layer_major" or "micro_batch"', "auto",
+              note="the order of micro-batches in `train_batch` and `finetune`: layer_major fetches a unit once for all "
+                   "of them, while their activations wait in memory; same bits where nothing draws random numbers; auto "
+                   "takes it where it saves fetches, nothing draws, and the activations fit"),
     _honoured("tierflow.piece_elements", _POSITIVE, "auto", "elements", "of one piece of the update"),
     _honoured("tierflow.trace", 'a path or "auto" (no trace)', "none", "file",
               "Chrome trace (JSON) of optimizer steps 2 to 4, which Perfetto opens"),

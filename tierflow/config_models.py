@@ -69,7 +69,7 @@ class Block(BaseModel):
 class TierflowBlock(Block):
     """What DeepSpeed has no key for. Memory figures are caps in bytes on what tierflow holds in that tier."""
 
-    says_auto = frozenset({"optimizer_state", "device", "engine", "update"})
+    says_auto = frozenset({"optimizer_state", "device", "engine", "update", "accumulation"})
     device_memory: Size | None = None
     host_memory: Size | None = None
     nvme_capacity: Size | None = None
@@ -78,6 +78,7 @@ class TierflowBlock(Block):
     engine: Literal["auto", "io_uring", "threads"] = "auto"
     prefetch: bool = True
     update: Literal["auto", "immediate", "deferred", "speculative"] = "auto"
+    accumulation: Literal["auto", "layer_major", "micro_batch"] = "auto"
     piece_elements: Positive | None = None
     report: bool = True
     trace: Directory | None = None

@@ -24,18 +24,21 @@ def load(
     dtype: torch.dtype | None = None,
     param_groups: Callable[[nn.Module], Any] | None = None,
     nvme_path: str | None = None,
+    owned_loop: bool = False,
 ) -> tuple[nn.Module, OffloadOptimizer]:
     """Builds ``model_class`` from a Hugging Face folder and streams its safetensors to the tiers.
 
     ``model_class`` has ``from_config`` (transformers' Auto classes) or is called with the config (a model class).
     ``dtype``: of the parameters; default what the files hold. ``param_groups``: called with the built model.
-    Returns (model, optimizer) like ``offload``. Raises WeightsError naming the file or the tensors that do not match.
+    ``owned_loop``: as for ``offload``. Returns (model, optimizer) like it. Raises WeightsError naming the file or the tensors that do not match.
     """
     with WeightFiles(folder) as files:
         model = build_empty(model_class, folder, dtype or _file_dtype(files))
         _check_names(model, files)
         groups = param_groups(model) if param_groups is not None else None
-        return offload(model, config, param_groups=groups, nvme_path=nvme_path, source=_reader(files))
+        return offload(
+            model, config, param_groups=groups, nvme_path=nvme_path, source=_reader(files), owned_loop=owned_loop
+        )
 
 
 def build_empty(model_class: Any, folder: str | Path, dtype: torch.dtype) -> nn.Module:

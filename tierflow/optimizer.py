@@ -63,7 +63,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         self.skipped_steps = 0
         self.overflow = False
         self.last_grad_norm: float | None = None
-        engine.scaling.factor = None if scale is not None else 1.0
+        engine.scaling.resting = None if scale is not None else 1.0
         super().__init__(groups, dict(DEFAULTS))
 
     @property
@@ -93,11 +93,8 @@ class OffloadOptimizer(torch.optim.Optimizer):
         for slot in self.engine.slots.values():
             if not slot.present():
                 slot.collect()  # assigned by the loop: this backward may not add scaled to unscaled
-        self.engine.scaling.factor = self.scale.scale
-        try:
+        with self.engine.scaling.carrying(self.scale.scale):
             (loss.float() * self.scale.scale).backward(retain_graph=retain_graph)
-        finally:
-            self.engine.scaling.factor = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters that the model had, trainable, when it was offloaded."""

@@ -19,8 +19,8 @@ from tierflow import machine
 from tierflow.bench.options import Options
 from tierflow.bench.run import Run, held, prepare, steps
 from tierflow.finetune.meter import StepRecord, peak_rss
-from tierflow.scheduler.engine import Engine
-from tierflow.scheduler.placement import rows
+from tierflow.scheduler.plan import rows
+from tierflow.scheduler.report import Report
 from tierflow.sizes import format_size as size
 from tierflow.swap import Tier
 from tierflow.tables import plan_notes, plan_table
@@ -127,7 +127,7 @@ def summary(run: Run, records: list[StepRecord]) -> dict[str, Any]:
 
 def _finish(run: Run, records: list[StepRecord], console: Console) -> None:
     found = summary(run, records)
-    _report(run.optimizer.engine, records, console)
+    report = _report(run, records, console)
     table = Table(title=_title(run), title_justify="left", show_header=False)
     for name, value in _figures(run, found):
         table.add_row(name, value)
@@ -136,7 +136,7 @@ def _finish(run: Run, records: list[StepRecord], console: Console) -> None:
     if run.shape.cut:
         console.print("[bold red]CUT MODEL[/]: these are not the whole model's figures")
     if run.options.json is not None:
-        run.options.json.write_text(json.dumps(_results(run, records, found), indent=1) + "\n")
+        run.options.json.write_text(json.dumps(_results(run, records, found, report), indent=1) + "\n")
         _line(console, f"results are in {run.options.json}")
 
 
@@ -163,22 +163,20 @@ def _figures(run: Run, found: dict[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
-def _report(engine: Engine, records: list[StepRecord], console: Console) -> None:
-    """Where the steps' time went and what was moved, a step on average (the first left out where there are more)."""
+def _report(run: Run, records: list[StepRecord], console: Console) -> Report:
+    """Where a mean step's time went, and what it moved beside what was planned."""
+    assert run.meter is not None
+    report, plan = run.meter.report(), run.optimizer.engine.plan
+    _line(console, report.text())
     timed = records[1:] or records
-    table = Table(title="a step, on average", title_justify="left", show_header=False)
-    mean = {n: statistics.fmean(getattr(r, n) for r in timed) for n in ("forward", "backward", "update", "waiting")}
-    for name, value in mean.items():
-        table.add_row(name if name != "waiting" else "of these, waiting for NVMe", f"{value:.2f} s")
-    plan = engine.plan
     if plan.total(Tier.NVME):
         for name, planned in (("nvme_read", plan.nvme_read), ("nvme_written", plan.nvme_written)):
             moved = statistics.fmean(getattr(r, name) for r in timed)
-            table.add_row(name.replace("nvme_", "NVMe bytes "), f"{size(round(moved))} (one micro-batch: {size(planned)} planned)")
-    console.print(table)
+            _line(console, f"{name.replace('nvme_', 'NVMe bytes ')}: {size(round(moved))}, planned {size(planned)}")
+    return report
 
 
-def _results(run: Run, records: list[StepRecord], found: dict[str, Any]) -> dict[str, Any]:
+def _results(run: Run, records: list[StepRecord], found: dict[str, Any], report: Report) -> dict[str, Any]:
     options, engine = run.options, run.optimizer.engine
     plan, store = engine.plan, engine.manager.store
     given = {k: str(v) if hasattr(v, "__fspath__") else v for k, v in asdict(options).items()}
@@ -205,5 +203,11 @@ def _results(run: Run, records: list[StepRecord], found: dict[str, Any]) -> dict
         "planned_nvme_per_step": {"read": plan.nvme_read, "written": plan.nvme_written},
         "resident": {"before": run.rss_before, "built": run.rss_built, "peak": peak_rss()},
         "summary": found,
+        "report": {
+            "seconds": report.seconds, "floor": report.floor.resources, "bound": report.floor.bound,
+            "ratio_to_floor": report.ratio, "advice": report.advice,
+            "busy": {lane.value: s for lane, s in report.lanes.busy.items()},
+            "waiting": {lane.value: s for lane, s in report.lanes.waiting.items()},
+        },
         "steps": [r.as_dict() for r in records],
     }  # fmt: skip

@@ -21,12 +21,12 @@ from tierflow.finetune.estimate import transients
 from tierflow.finetune.meter import Meter, StepRecord, peak_rss
 from tierflow.finetune.train import token_loss
 from tierflow.loading import build_from_config
-from tierflow.offloading import offload
 from tierflow.optimizer import OffloadOptimizer
 from tierflow.scheduler.blocks import deliver_in_blocks
 from tierflow.scheduler.placement import DoesNotFit
 from tierflow.settings import pick_device
 from tierflow.swap import Tier
+from tierflow.training import TrainingEngine, initialize
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 #: Beside activations, what CUDA libraries hold of the device: workspaces, and what the caching allocator rounds up.
@@ -42,12 +42,17 @@ class Run:
     shape: Shape
     dtype: torch.dtype
     device: torch.device
-    model: nn.Module
-    optimizer: OffloadOptimizer
+    engine: TrainingEngine
     work: Work
     rss_before: int
     rss_built: int
     build_seconds: float
+    meter: Meter | None = None
+
+    @property
+    def optimizer(self) -> OffloadOptimizer:
+        """The engine's."""
+        return self.engine.optimizer
 
     @property
     def batch(self) -> int:
@@ -83,16 +88,16 @@ def prepare(options: Options) -> Run:
         config = _hold_process(config, device, model, options)
         std = float(getattr(shape.config.get_text_config(), "initializer_range", None) or 0.02)
         path = None if options.nvme is None else str(options.nvme)
-        model, optimizer = offload(model, config, nvme_path=path, source=random_weights(options.seed, std))
+        engine = initialize(model, config, nvme_path=path, source=random_weights(options.seed, std))
     except ConfigError as error:
         raise ConfigError(*(in_options(p) for p in error.problems)) from None
     except DoesNotFit as error:
-        raise DoesNotFit(in_options(str(error)) + _untried(options)) from None
+        raise DoesNotFit(in_options(str(error)) + _untried(options), error.needed) from None
     if options.head_chunk is not None:
-        deliver_in_blocks(model, optimizer.engine.slots)
+        deliver_in_blocks(model, engine.optimizer.engine.slots)
     work = count_work(model, options.checkpointing)
     return Run(
-        options, config, shape, dtype, device, model, optimizer, work, before, peak_rss(), time.perf_counter() - began
+        options, config, shape, dtype, device, engine, work, before, peak_rss(), time.perf_counter() - began
     )
 
 
@@ -170,7 +175,7 @@ def _hold_process(config: Config, device: torch.device, model: nn.Module, option
 
 def steps(run: Run) -> Iterator[StepRecord]:
     """Trains ``options.steps`` steps, a new random batch each, and yields their records."""
-    meter = Meter(run.optimizer.engine)
+    meter = run.meter = Meter(run.optimizer.engine)
     meter.engine.take_report()  # the set-up's traffic is no step's
     generator = torch.Generator().manual_seed(run.options.seed)
     for index in range(run.options.steps):
@@ -184,18 +189,10 @@ def _tokens(run: Run, generator: torch.Generator) -> torch.Tensor:
 
 
 def _step(run: Run, meter: Meter, index: int, batch: Callable[[], torch.Tensor]) -> StepRecord:
-    began, loss = time.perf_counter(), 0.0
+    began = time.perf_counter()
     predicted = run.batch * run.accumulation * (run.options.sequence_length - 1)
-    for _ in range(run.accumulation):
-        ids = batch()
-        with meter.phase("forward"):
-            part = _loss(run, ids, predicted)
-        loss += part.item()
-        with meter.phase("backward"):
-            part.backward()
-    with meter.phase("update"):
-        run.optimizer.step()
-    run.optimizer.zero_grad()
+    ids = [batch() for _ in range(run.accumulation)]
+    loss = run.engine.train_batch(ids, lambda model, part: _loss(run, model, part, predicted), meter.enter).item()
     if run.device.type == "cuda":
         torch.cuda.synchronize(run.device)
     lr, norm = float(run.optimizer.param_groups[0]["lr"]), run.optimizer.last_grad_norm or 0.0
@@ -203,10 +200,10 @@ def _step(run: Run, meter: Meter, index: int, batch: Callable[[], torch.Tensor])
     return replace(record, seconds=time.perf_counter() - began)
 
 
-def _loss(run: Run, ids: torch.Tensor, tokens: int) -> torch.Tensor:
+def _loss(run: Run, model: nn.Module, ids: torch.Tensor, tokens: int) -> torch.Tensor:
     if run.options.head_chunk is None:
-        return token_loss(run.model, ids, ids, tokens)
-    return chunked_loss(run.model, ids, tokens, run.options.head_chunk)
+        return token_loss(model, ids, ids, tokens)
+    return chunked_loss(model, ids, tokens, run.options.head_chunk)
 
 
 def held(run: Run) -> dict[Tier, int]:

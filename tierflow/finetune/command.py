@@ -25,6 +25,7 @@ from tierflow.loading import load
 from tierflow.sizes import format_size as size
 from tierflow.swap import Tier
 from tierflow.tables import plan_notes, plan_table, print_config, resolved_config
+from tierflow.training import TrainingEngine
 
 #: Learning rate when neither the command line nor a config names one.
 DEFAULT_LR = 2e-5
@@ -61,7 +62,7 @@ def _run(run: Run, console: Console) -> None:
             show(run, console)
         _train(run, console)
     finally:
-        run.trainer.optimizer.close()
+        run.trainer.engine.close()
 
 
 def prepare(options: Options, console: Console) -> Run:
@@ -81,10 +82,11 @@ def prepare(options: Options, console: Console) -> Run:
     options.output.mkdir(parents=True, exist_ok=True)
     before = peak_rss()
     with console.status("streaming weights to their tiers"):
-        model, optimizer = load(AutoModelForCausalLM, options.model, config, nvme_path=str(options.swap))
+        model, optimizer = load(AutoModelForCausalLM, options.model, config, nvme_path=str(options.swap), owned_loop=True)
     total = options.steps or batches.steps_for(options.epochs)
     learning_rate = LearningRate(config.scheduler, options, total)
-    trainer = Trainer(model, optimizer, batches, options, total, Meter(optimizer.engine), learning_rate)
+    engine = TrainingEngine(model, optimizer, config)
+    trainer = Trainer(engine, batches, options, total, Meter(optimizer.engine), learning_rate)
     return Run(options, config, tokenizer, trainer, scored, before)
 
 
@@ -147,6 +149,8 @@ def _train(run: Run, console: Console) -> None:
 
     def after(record: StepRecord) -> None:
         console.print(record.line(trainer.total), highlight=False, soft_wrap=True)
+        if record.step == first and trainer.batches.accumulation > 1:
+            console.print(str(trainer.engine.accumulation), highlight=False, soft_wrap=True)
         every = options.eval_every
         if every and (record.step + 1) % every == 0 and record.step + 1 < trainer.total:
             _evaluate(run, console, record.step + 1)

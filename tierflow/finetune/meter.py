@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -70,6 +68,8 @@ class Meter:
     _phases: dict[str, float] = field(default_factory=dict)
     _steps: int = 0
     _lanes: Lanes | None = None  # summed over the steps after the warm-up
+    _running: str | None = None
+    _since: float = 0.0
 
     def __post_init__(self) -> None:
         self.engine.manager.observer = self.sample
@@ -84,14 +84,12 @@ class Meter:
         for tier in Tier:
             self.held[tier].append(self.engine.manager.ledger.held(tier))
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Adds the body's time to a phase of the current step."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._phases[name] = self._phases.get(name, 0.0) + time.perf_counter() - began
+    def enter(self, phase: str | None) -> None:
+        """From now on time counts for this phase of the step, or for none."""
+        now = time.perf_counter()
+        if self._running is not None:
+            self._phases[self._running] = self._phases.get(self._running, 0.0) + now - self._since
+        self._running, self._since = phase, now
 
     def end_step(self, step: int, loss: float, lr: float, tokens: int, grad_norm: float) -> StepRecord:
         """The record of the step that just ended."""

@@ -19,6 +19,7 @@ from tierflow.finetune.meter import Meter, StepRecord
 from tierflow.finetune.options import Options
 from tierflow.finetune.schedule import Schedule
 from tierflow.optimizer import NonFiniteGradient, OffloadOptimizer
+from tierflow.training import TrainingEngine
 
 
 class LossNotFinite(FloatingPointError):
@@ -70,8 +71,7 @@ class LearningRate:
 class Trainer:
     """Runs steps [history's end, total) and keeps the history."""
 
-    model: nn.Module
-    optimizer: OffloadOptimizer
+    engine: TrainingEngine
     batches: Batches
     options: Options
     total: int
@@ -80,6 +80,8 @@ class Trainer:
     history: History = field(default_factory=History)
 
     def __post_init__(self) -> None:
+        self.model: nn.Module = self.engine.module
+        self.optimizer: OffloadOptimizer = self.engine.optimizer
         self._base = [float(g["lr"]) for g in self.optimizer.param_groups]
 
     def resume(self) -> int:
@@ -107,33 +109,39 @@ class Trainer:
     def _step(self, step: int) -> StepRecord:
         for group, base in zip(self.optimizer.param_groups, self._base, strict=True):
             group["lr"] = self.learning_rate(base, step - self.optimizer.skipped_steps)  # as DeepSpeed: steps taken
-        wanted = self.batches.learned_tokens(step)
         scale = self.optimizer.loss_scale if self.optimizer.scale is not None else None
-        loss = 0.0
-        for micro in range(self.batches.accumulation):
-            loss += self._micro(step, micro, wanted)
+        loss = _StepLoss(self.batches, step)
         try:
-            with self.meter.phase("update"):
-                self.optimizer.step()
+            self.engine.train_batch(range(self.batches.accumulation), loss, self.meter.enter)
         except NonFiniteGradient as error:
             raise LossNotFinite(step, str(error)) from error
-        self.optimizer.zero_grad()
         lr = float(self.optimizer.param_groups[0]["lr"])
         norm = self.optimizer.last_grad_norm or 0.0
-        record = self.meter.end_step(step, loss, lr, self.batches.tokens_per_step, norm)
+        record = self.meter.end_step(step, loss.value, lr, self.batches.tokens_per_step, norm)
         return replace(record, loss_scale=scale, skipped=self.optimizer.overflow)
 
-    def _micro(self, step: int, micro: int, wanted: int) -> float:
-        device = next(self.model.parameters()).device
-        batch = {k: v.to(device) for k, v in self.batches.micro(step, micro).items()}
-        with self.meter.phase("forward"):
-            loss = token_loss(self.model, batch["input_ids"], batch["labels"], wanted)
-        value = loss.item()
+
+class _StepLoss:
+    """The loss of each micro-batch of one step, weighed by its learned tokens."""
+
+    def __init__(self, batches: Batches, step: int):
+        self._batches, self._step = batches, step
+        self._wanted = batches.learned_tokens(step)
+        self._values = [0.0] * batches.accumulation
+
+    @property
+    def value(self) -> float:
+        """The whole step's, added up micro-batch by micro-batch."""
+        return sum(self._values)
+
+    def __call__(self, model: nn.Module, micro: int) -> torch.Tensor:
+        device = next(model.parameters()).device
+        batch = {k: v.to(device) for k, v in self._batches.micro(self._step, micro).items()}
+        loss = token_loss(model, batch["input_ids"], batch["labels"], self._wanted)
+        value = self._values[micro] = loss.item()
         if not math.isfinite(value):
-            raise LossNotFinite(step, f"the loss is {value}")
-        with self.meter.phase("backward"):
-            self.optimizer.backward(loss)
-        return value
+            raise LossNotFinite(self._step, f"the loss is {value}")
+        return loss
 
 
 def token_loss(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor, tokens: int) -> torch.Tensor:
