@@ -33,10 +33,12 @@ from tierflow.scheduler.traffic import default_order
 from tierflow.scheduler.units import Slot, Unit
 from tierflow.scheduler.update import UpdateQueue
 from tierflow.scheduler.watch import ComputeWatch, watch_model
-from tierflow.swap import CapacityError, Chunk, CopyState, Kind, Lanes, Lease, Ledger, Manager, Tier, Traffic
+from tierflow.swap import CapacityError, Chunk, Kind, Lanes, Lease, Ledger, Manager, Tier, Traffic
 
 log = logging.getLogger("tierflow")
 
+#: Uses of one unit in a row between two looks ahead: memory may have become free meanwhile.
+LOOK_EVERY = 4
 #: Host memory that ``state_dict`` leaves free.
 STATE_DICT_MARGIN = 256 << 20
 
@@ -75,11 +77,12 @@ class Engine:
         self.closed = False
         self._prefetching = prefetch
         self._warned = False
+        self._looks = 0
         self._pins: dict[int, int] = {}
         self._where = {id(p): (u, s) for u in units for s, p in zip(u.slots, u.params, strict=True)}
         self._versions: dict[int, int] = {}
         self._generation = dict.fromkeys(range(len(units)), 0)
-        self._update, self._deferred = update, update != "immediate"
+        self._update, self._deferred = update, update != "immediate" and self._has_waits(update)
         self.speculation: Speculation | None = None
         has_none = self.device.type == "cpu"  # no accelerator
         stager = Stager(manager, has_none or plan.placement.optimizer is Tier.DEVICE, worker=not has_none)
@@ -95,6 +98,13 @@ class Engine:
         self.hooks: ModelHooks | None = None
 
     # ---- set-up
+
+    def _has_waits(self, update: str) -> bool:
+        """Whether deferring hides anything: without an accelerator the kernels' time is the processor's anyway."""
+        homes = self.plan.homes.tiers
+        return update != "auto" or self.device.type != "cpu" or any(
+            homes[u.index, Kind.EXP_AVG] is Tier.NVME for u in self.units if u.trainable
+        )
 
     def attach(self) -> None:
         """Binds parameters, gradients and hooks; the homes hold their bytes already."""
@@ -147,6 +157,10 @@ class Engine:
         """A gradient was accumulated."""
         if self.speculation is not None:
             self.speculation.arrived(id(slot.param))
+        if in_backward():
+            if self.hooks is not None:
+                self.hooks.running.watch.in_backward()
+            self._pulse()
 
     def keep(self, hook: Any) -> None:
         """Takes over the handle of a hook, to remove it at the close."""
@@ -162,8 +176,7 @@ class Engine:
         trace = self.recorder.current(self._learning())
 
         def order(tier: Tier) -> Iterable[Chunk]:
-            states = [(trace.next_use(u.index), u.chunk) for u in self.units]
-            held = [s for s in states if self.manager.ledger.state(s[1], tier) is not CopyState.ABSENT]
+            held = [(trace.next_use(chunk.unit), chunk) for chunk in self.manager.cached(tier)]
             return [chunk for use, chunk in sorted(held, key=lambda s: -s[0]) if use > beyond]
 
         return order
@@ -267,16 +280,30 @@ class Engine:
         return self.manager.lend(unit.chunk)
 
     def _visit(self, unit: Unit) -> None:
+        """Notes the use."""
         self.manager.pump()
-        if self.speculation is not None and in_backward():
+        self._pulse()
+        self._looks = 0 if self.recorder.visit(unit.index, self._learning()) else self._looks + 1
+
+    def _pulse(self) -> None:
+        """Lets updates go on as far as they can without waiting."""
+        backward = in_backward()
+        if self.speculation is not None and backward:
             self.speculation.advance()
         if self.updates:
             self._progress(self.updates.advance)
-        self.recorder.visit(unit.index, self._learning())
+        if backward and self._deferred and self.recorder.learned and not self._speculating():
+            self._progress(lambda: self.updates.foresee(self._in_order_of_use))
+
+    def _speculating(self) -> bool:
+        return self.speculation is not None and self.speculation.active
+
+    def _in_order_of_use(self) -> Iterator[Unit]:
+        return (self.units[i] for i in self.recorder.first_uses)
 
     def prefetch(self) -> None:
         """Starts fetches of what comes next, as far as memory goes without giving up what is needed sooner."""
-        if not self._prefetching:
+        if not self._prefetching or self._looks % LOOK_EVERY:
             return
         trace = self.recorder.current(self._learning())
         for index in trace.upcoming(2 * AHEAD):
@@ -412,7 +439,7 @@ class Engine:
 
     def _queue(self, jobs: list[Job]) -> None:
         """The updates of this step are due: at once, or each before its unit is used again."""
-        order = {u: i for i, u in enumerate(dict.fromkeys(self.recorder.trace.order))}
+        order = {u: i for i, u in enumerate(self.recorder.first_uses)}
         self.updates.add(sorted(jobs, key=lambda job: order.get(job.unit.index, len(order))))
         if not self._deferred:
             self.settle()

@@ -94,7 +94,7 @@ class ModelHooks:
         self.rotation: Rotation | None = None
         self.gauge: Gauge | None = None
         self._handles: list[Any] = []
-        self._managed = units
+        self._streams = bool(engine.plan.homes.streamed(units))  # else weights may be saved as they are
         for module, needed in module_units(model, units).items():
             self._handles.append(module.register_forward_pre_hook(self._before(needed), prepend=True))
             self._handles.append(module.register_forward_hook(self._after, always_call=True))
@@ -172,7 +172,7 @@ class ModelHooks:
         running = self.running
         if not running.frames:
             running.watch.forward_began()
-        push = not running.frames and not (in_backward() and not _no_saved_tensor_hooks())
+        push = self._streams and not running.frames and not (in_backward() and not _no_saved_tensor_hooks())
         if push:  # refused inside torch.func's transforms: nothing is noted then
             torch._C._autograd._push_saved_tensors_default_hooks(self._pack, self._unpack)
         running.frames.append([])

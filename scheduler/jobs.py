@@ -41,6 +41,11 @@ class Job:
         return self.computed and not self.writing
 
 
+def foreseen(unit: Unit, tier: Tier) -> Job:
+    """Stands for the update of a unit that a later step will ask for; only its states are read."""
+    return Job(unit, [None] * len(unit.slots), whole=True, tier=tier)
+
+
 @dataclass(eq=False)
 class Piece:
     """Elements [begin, end) of a unit: where each kind's bytes are, and what is under way for them."""
@@ -66,12 +71,15 @@ def segments(job: Job, begin: int, end: int) -> Iterator[tuple[int, int, int, Gr
             yield low, high, slot.offset, entry[0], entry[1]
 
 
-def spans(job: Job, step: int, front: int = 0) -> list[tuple[int, int]]:
-    """Spans of at most ``step`` elements that hold anything to update, in order; none across element ``front``."""
+def spans(job: Job, step: int, front: int = 0, every: bool = False) -> list[tuple[int, int]]:
+    """Spans of at most ``step`` elements that hold anything to update, in order; none across element ``front``.
+
+    ``every``: also those that hold nothing.
+    """
     numel = job.unit.chunk.numel
     parts = [(0, front), (front, numel)]
     cut = [(b, min(b + step, end)) for begin, end in parts for b in range(begin, end, step)]
-    return [span for span in cut if next(segments(job, *span), None) is not None]
+    return [span for span in cut if every or next(segments(job, *span), None) is not None]
 
 
 def kinds(unit: Unit) -> dict[Kind, Chunk]:

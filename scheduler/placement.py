@@ -82,11 +82,13 @@ class Needs:
     staged: int
 
 
-#: Fetches for which room is planned ahead of use.
+#: Fetches that may be under way ahead of use, and how many of them are to find room before any weights live on DEVICE.
 AHEAD = 4
-#: A piece of the update: large enough for the drive, small enough that several fit beside the gradients.
-PIECE_ELEMENTS = 1 << 21
-PIECES = 6
+BUFFERS = 2
+#: A piece of the update: large enough for the drive, small enough that many fit beside the gradients. How many are to
+#: fit: reads ahead of the step and writes behind it keep the drive busy while nothing can be updated.
+PIECE_ELEMENTS = 1 << 20
+PIECES = 24
 
 
 def working_needs(
@@ -97,7 +99,7 @@ def working_needs(
     """
     coming = {u.index: u.chunk.nbytes for u in streamed}
     least = max((sum(coming.get(u.index, 0) for u in group) for group in together), default=0)
-    ahead = sum(sorted(coming.values())[-AHEAD:])
+    ahead = sum(sorted(coming.values())[-BUFFERS:])
     landing = [0] if placement.direct else sorted(u.chunk.nbytes for u in from_nvme)
     per_element = max((_staged_bytes(u) for u in staged), default=0)
     largest = max((u.chunk.numel for u in staged), default=0)
@@ -107,7 +109,7 @@ def working_needs(
         least,
         min(least + ahead, sum(coming.values())),
         host_least,
-        max(host_least, sum(landing[-AHEAD:]) + pieces),
+        max(host_least, sum(landing[-BUFFERS:]) + pieces),
         per_element,
     )
 

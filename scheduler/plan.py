@@ -97,11 +97,12 @@ def _pieces(working: int, per_element: int) -> tuple[int, int]:
     """(elements of a piece, pieces in flight) that fit the host working pool."""
     if not per_element:
         return PIECE_ELEMENTS, PIECES
-    for depth in (PIECES, 4, 2):
-        fit = working // (depth * per_element) // IO_BYTES * IO_BYTES
-        if fit >= min(PIECE_ELEMENTS, 1 << 18):
-            return min(fit, PIECE_ELEMENTS), depth
-    return max(working // (2 * per_element) // IO_BYTES * IO_BYTES, IO_BYTES), 2
+    for least in (4, 2):
+        fit = working // (least * per_element) // IO_BYTES * IO_BYTES
+        if fit >= 1 << 18:
+            break
+    piece = min(max(fit, IO_BYTES), PIECE_ELEMENTS)
+    return piece, max(working // (piece * per_element), 2)
 
 
 def _explain(plan: MemoryPlan, short: dict[Tier, int], over: dict[Tier, int]) -> str:

@@ -72,6 +72,11 @@ class Speculation:
         promising = self._unclipped >= self._patience and bool(self._expected) and self._recorder.learned
         self._rules = rules if promising else None
 
+    @property
+    def active(self) -> bool:
+        """Whether this step's updates are tried in its backward."""
+        return self._rules is not None
+
     def arrived(self, param_id: int) -> None:
         """A gradient was accumulated."""
         self._arrived[param_id] = self._arrived.get(param_id, 0) + 1

@@ -47,6 +47,12 @@ class Stager:
         found = self.manager.front(chunk)
         return 0 if found is None else found.numel() // chunk.itemsize
 
+    def streams(self, unit: Unit) -> bool:
+        """Whether the unit has states on NVMe."""
+        return unit.trainable and any(
+            self.manager.home(c) is Tier.NVME for k, c in kinds(unit).items() if k is not Kind.PARAM
+        )
+
     def where(self, job: Job, begin: int = -1) -> dict[Kind, Tier | None]:
         """Per kind: the tier in which its bytes from element ``begin`` on are updated in place, None where staged."""
         in_front = 0 <= begin < self.front(job.unit)
@@ -65,11 +71,11 @@ class Stager:
         chunks = kinds(job.unit) if job.speculative else {}
         return [k for k, chunk in chunks.items() if self.manager.home(chunk) is not Tier.NVME]
 
-    def read(self, piece: Piece, victims: Victims) -> None:
+    def read(self, piece: Piece, victims: Victims, wait: bool) -> None:
         """Leases staging memory and starts the reads. Raises CapacityError, with nothing taken."""
         unit, offset = piece.job.unit, 0
         need = self.needs(piece)
-        piece.scratch = self.manager.scratch(Tier.HOST, need, victims) if need else None
+        piece.scratch = self.manager.scratch(Tier.HOST, need, victims, wait) if need else None
         for kind, tier in self.where(piece.job, piece.begin).items():
             chunk = unit.chunks[kind]
             if tier is not None:

@@ -61,22 +61,28 @@ class Recorder:
     def __init__(self, guess: list[int]):
         self.trace = Trace(guess)
         self.forward = Trace(guess[: (len(guess) + 1) // 2])
+        self.first_uses = list(dict.fromkeys(guess))  # units in the order in which a step first uses them
         self.learned = False
         self.departures = 0
         self._seen: list[int] = []
+        self._last: int | None = None
         self._forward_end = 0
 
-    def visit(self, unit: int, learning: bool) -> None:
-        """Notes one use. ``learning``: under grad, where a backward and a step may follow."""
+    def visit(self, unit: int, learning: bool) -> bool:
+        """Notes one use; returns whether it is another unit's than the last. ``learning``: under grad, where a backward
+        and a step may follow.
+        """
+        again, self._last = self._last == unit, unit
         if not learning:
             self.forward.visit(unit)
-            return
+            return not again
         if self._seen and self._seen[-1] == unit:
-            return
+            return False
         if not self.trace.visit(unit) and self.learned:
             self.departures += 1
         if len(self._seen) < self.LIMIT:
             self._seen.append(unit)
+        return True
 
     def current(self, learning: bool) -> Trace:
         """The trace that predicts now: a whole step's, or a forward's over and over."""
@@ -92,6 +98,7 @@ class Recorder:
         changed = bool(self._seen) and self._seen != self.trace.order
         if changed:
             self.trace = Trace(self._seen)
+            self.first_uses = list(dict.fromkeys(self._seen))
             self.forward = Trace(self._seen[: self._forward_end] or self._seen)
         self.learned = self.learned or bool(self._seen)
         self._seen, self._forward_end = [], 0

@@ -11,9 +11,9 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from tierflow.scheduler.jobs import Job, Piece, spans
+from tierflow.scheduler.jobs import Job, Piece, foreseen, spans
 from tierflow.scheduler.stager import Stager
 from tierflow.scheduler.units import Unit
 from tierflow.swap import CapacityError, Chunk, CopyState, Event, Lane, Ticket, Tier
@@ -39,11 +39,15 @@ class UpdateQueue:
         self._computing: deque[Piece] = deque()
         self._writing: deque[Piece] = deque()
         self._resting = False
+        self._looked_ahead = False
+        self._foreseen: dict[tuple[int, int, int], Piece] = {}  # by unit, begin, end
+        self._manager.reclaim = self.forget
 
     # ---- what is due
 
     def add(self, jobs: list[Job]) -> None:
         """Queues jobs in the order in which they are needed."""
+        self._looked_ahead = False
         for job in jobs:
             self.end(job.unit)
             self._jobs[job.unit.index] = job
@@ -64,6 +68,43 @@ class UpdateQueue:
 
     def __bool__(self) -> bool:
         return bool(self._jobs)
+
+    # ---- what will be due
+
+    def foresee(self, units: Callable[[], Iterable[Unit]]) -> None:
+        """Starts reading states of units whose update is to come, in this order, into staging memory that is idle.
+
+        Of the step to come nothing is known yet but that it reads these bytes.
+        """
+        if not self._jobs and not self._looked_ahead:
+            self._looked_ahead = True
+            for unit in units():
+                tier = self._tier_of_use(unit)
+                if tier is not None and self.stager.streams(unit) and not self._read_ahead(foreseen(unit, tier)):
+                    return
+
+    def _read_ahead(self, job: Job) -> bool:
+        for begin, end in self._cut(job, every=True):
+            piece, key = Piece(job, begin, end), (job.unit.index, begin, end)
+            if key in self._foreseen:
+                continue
+            try:
+                self.stager.read(piece, _nothing, wait=False)
+            except CapacityError:
+                return False
+            self._foreseen[key] = piece
+        return True
+
+    def forget(self, unit: Unit | None = None) -> bool:
+        """Gives back what was read ahead (for one unit), once nothing writes there any more; False if nothing was."""
+        keys = [key for key in self._foreseen if unit is None or key[0] == unit.index]
+        for key in keys:
+            piece = self._foreseen.pop(key)
+            for ticket in piece.reads:
+                with contextlib.suppress(OSError):
+                    finish(ticket)
+            self.stager.release(piece)
+        return bool(keys)
 
     # ---- progress
 
@@ -99,6 +140,7 @@ class UpdateQueue:
     def rest(self) -> None:
         """Until nothing is under way and nothing is held: somebody needs the memory."""
         self._resting = True
+        self.forget()
         try:
             while any(job.begun for job in self._jobs.values()):
                 self._step()
@@ -107,6 +149,7 @@ class UpdateQueue:
 
     def settle(self) -> None:
         """Until nothing is due and nothing is under way."""
+        self.forget()
         for job in self._waiting:
             if not job.begun:
                 job.whole = False
@@ -115,6 +158,7 @@ class UpdateQueue:
 
     def abandon(self) -> None:
         """Ends what is under way, after an error: nothing writes to memory that is given back."""
+        self.forget()
         for piece in (*self._reading, *self._computing, *self._writing):
             for ticket in (*piece.reads, *piece.writes, *piece.fills):
                 with contextlib.suppress(OSError):
@@ -187,9 +231,13 @@ class UpdateQueue:
         job = self._waiting[0]
         if not job.begun and (self._resting or not self._begin_job(job, must)):
             return False
-        piece = Piece(job, *job.todo[0])
+        span = job.todo[0]
+        piece = self._foreseen.pop((job.unit.index, *span), None) or Piece(job, *span)
         try:
-            self.stager.read(piece, self._victims(None if must else job.unit))
+            if piece.job is not job:  # read ahead
+                piece.job = job
+            else:
+                self.stager.read(piece, self._victims(None if must else job.unit), wait=must)
         except CapacityError:
             if not must or job.tier is None or not job.held:
                 if must:
@@ -207,8 +255,8 @@ class UpdateQueue:
         manager, chunk = self._manager, job.unit.chunk
         home = manager.home(chunk)
         job.tier = self.stager.in_place(chunk)
-        if job.tier is None and home is Tier.NVME and job.whole:
-            job.tier = Tier.DEVICE if self.stager.on_device else Tier.HOST
+        if job.tier is None and job.whole:
+            job.tier = self._tier_of_use(job.unit)
         if job.tier is not None and home is Tier.NVME:
             victims = self._victims(None if must else job.unit)
             try:
@@ -219,12 +267,25 @@ class UpdateQueue:
                 job.tier = None
             if not job.held and job.whole:
                 return False
-        staged = any(tier is None for tier in self.stager.where(job).values())
-        job.cut = spans(job, self.piece_elements if staged or job.speculative else chunk.numel, self.stager.front(job.unit))
+        if job.tier is None or job.speculative:  # of no use here, and out of date once this has run
+            self.forget(job.unit)
+        job.cut = self._cut(job)
         job.todo = list(job.cut)
         job.computing = job.writing = len(job.todo)
         job.begun = True
         return True
+
+    def _tier_of_use(self, unit: Unit) -> Tier | None:
+        """Where the weights are updated on their way to their next use; None where that is done in pieces."""
+        there = self.stager.in_place(unit.chunk)
+        if there is not None or self._manager.home(unit.chunk) is not Tier.NVME:
+            return there
+        return Tier.DEVICE if self.stager.on_device else Tier.HOST
+
+    def _cut(self, job: Job, every: bool = False) -> list[tuple[int, int]]:
+        staged = job.speculative or any(tier is None for tier in self.stager.where(job).values())
+        step = self.piece_elements if staged else job.unit.chunk.numel
+        return spans(job, step, self.stager.front(job.unit), every)
 
     def _stage_weights(self, job: Job) -> None:
         """Nothing is in flight, so the home has what the held copy has: its room serves the staging."""
@@ -238,7 +299,7 @@ class UpdateQueue:
         if manager.evictable(chunk, tier):
             manager.evict(chunk, tier)
         at = job.todo[0][0]
-        left = [span for span in spans(job, self.piece_elements, self.stager.front(job.unit)) if span[0] >= at]
+        left = [span for span in self._cut(job) if span[0] >= at]
         job.computing = job.writing = len(left)
         job.todo = left
 
@@ -296,6 +357,7 @@ class UpdateQueue:
             self._home_is_whole(chunk)
         self._let_go(job)
         del self._jobs[job.unit.index]
+        self.forget(job.unit)  # a part of it that had no gradient
 
     def _home_is_whole(self, chunk: Chunk) -> None:
         """All that was computed has been written through."""
@@ -308,6 +370,10 @@ class UpdateQueue:
         if job.held and job.tier is not None:
             self._manager.let_go(job.unit.chunk, job.tier)
         job.held = False
+
+
+def _nothing(_tier: Tier) -> tuple[Chunk, ...]:
+    return ()
 
 
 def _finish_all(tickets: list[Ticket]) -> None:

@@ -15,6 +15,8 @@ from tierflow.swap.types import Chunk, CopyState, LedgerError, Tier
 class Event(enum.Enum):
     """What can happen to a copy."""
 
+    __hash__ = object.__hash__
+
     CREATE = "create"  # the chunk's first copy comes into being, already valid
     BEGIN_FILL = "begin_fill"  # a ticket starts writing into the copy
     END_FILL = "end_fill"  # that ticket succeeded

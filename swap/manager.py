@@ -18,7 +18,7 @@ from tierflow.swap.lanes import DeviceLane, Ticket, finish
 from tierflow.swap.ledger import Event, Ledger
 from tierflow.swap.pool import Lease, Pool
 from tierflow.swap.timeline import Lane, Timeline
-from tierflow.swap.types import CapacityError, Chunk, CopyState, Tier
+from tierflow.swap.types import IO_BYTES, CapacityError, Chunk, CopyState, Tier
 
 Victims = Callable[[Tier], Iterable[Chunk]]
 
@@ -73,6 +73,7 @@ class Manager:
     traffic: Traffic = field(default_factory=Traffic)
     observer: Callable[[], None] = lambda: None  # called after memory changed hands
     timeline: Timeline = field(default_factory=Timeline)
+    reclaim: Callable[[], bool] = lambda: False  # gives back memory that was taken ahead of need; False if there is none
 
     def __post_init__(self) -> None:
         self._leases: dict[tuple[int, Tier], Lease] = {}
@@ -80,6 +81,7 @@ class Manager:
         self._spares: dict[int, Extent] = {}
         self._fronts: dict[int, Lease] = {}
         self._homes: dict[int, Tier] = {}
+        self._cached: dict[Tier, dict[int, Chunk]] = {Tier.DEVICE: {}, Tier.HOST: {}}
         self._fetches: dict[int, Fetch] = {}
         self._marks: dict[int, object | None] = {}
 
@@ -118,6 +120,10 @@ class Manager:
         """The chunk's permanent tier."""
         return self._homes[chunk.id]
 
+    def cached(self, tier: Tier) -> list[Chunk]:
+        """Chunks with a copy in the tier that may come and go."""
+        return list(self._cached[tier].values())
+
     def front(self, chunk: Chunk) -> torch.Tensor | None:
         """The chunk's first bytes as far as they live in HOST, where the rest is on NVMe."""
         lease = self._fronts.get(chunk.id)
@@ -147,9 +153,12 @@ class Manager:
 
     # ---- staging memory
 
-    def scratch(self, tier: Tier, nbytes: int, victims: Victims) -> Lease:
-        """Leases staging memory, evicting ``victims`` as needed. Raises CapacityError."""
-        lease = self._lease(tier, nbytes, victims)
+    def scratch(self, tier: Tier, nbytes: int, victims: Victims, wait: bool = True) -> Lease:
+        """Leases staging memory, evicting ``victims`` as needed. Raises CapacityError.
+
+        ``wait``: it is needed now, so what comes up ahead of use gives way.
+        """
+        lease = self._lease(tier, nbytes, victims, wait)
         self.ledger.hold_scratch(tier, lease.nbytes)
         self.observer()
         return lease
@@ -160,28 +169,50 @@ class Manager:
         lease.release()
 
     def _lease(self, tier: Tier, nbytes: int, victims: Victims, demand: bool = True) -> Lease:
+        """``demand``: it is needed now, so what was taken ahead of use gives way. Raises CapacityError."""
         pool = self.pools[tier].working
-        wait, move = demand, demand
-        order: Iterable[Chunk] | None = None
+        nbytes = -(-nbytes // IO_BYTES) * IO_BYTES
+        ways = [self.reclaim, self._end_fetches, lambda: self._compact(tier, nbytes)] if demand else []
         while True:
-            try:
+            with contextlib.suppress(CapacityError):
                 return pool.lease(nbytes)
-            except CapacityError:
-                if order is None:
-                    order = iter(victims(tier))
-                victim = next((c for c in order if self.evictable(c, tier)), None)
-                if victim is None and wait and self._end_fetches():
-                    wait, order = False, None  # what came up ahead of use gives way to what is needed now
-                    continue
-                if victim is None and move and self._compact(tier, nbytes):
-                    move = False
-                    continue
-                if victim is None:
-                    raise CapacityError(
-                        pool.name, nbytes, pool.free, pool.largest, self.ledger.pinned_bytes(tier),
-                        f"Raise tierflow.{'device' if tier is Tier.DEVICE else 'host'}_memory",
-                    ) from None  # fmt: skip
-                self.evict(victim, tier)
+            given_up = self._cheapest(tier, nbytes, victims)
+            if given_up is not None:
+                for chunk in given_up:
+                    self.evict(chunk, tier)
+                continue
+            while ways and not ways.pop(0)():
+                pass
+            if not ways and self._cheapest(tier, nbytes, victims) is None and pool.largest < nbytes:
+                raise CapacityError(
+                    pool.name, nbytes, pool.free, pool.largest, self.ledger.pinned_bytes(tier),
+                    f"Raise tierflow.{'device' if tier is Tier.DEVICE else 'host'}_memory",
+                )  # fmt: skip
+
+    def _cheapest(self, tier: Tier, nbytes: int, victims: Victims) -> list[Chunk] | None:
+        """Copies that lie side by side and whose going makes a run of ``nbytes``, the nearest use of theirs as far as
+        can be; None if there is no such run. ``victims`` lists what may go, the farthest use first.
+        """
+        pool = self.pools[tier].working
+        rows: list[tuple[int, int, int, Chunk | None]] = [(at, size, -1, None) for at, size in pool.runs]
+        for rank, chunk in enumerate(victims(tier)):
+            if self.evictable(chunk, tier):
+                lease = self._leases[chunk.id, tier]
+                if lease.pool is pool:
+                    rows.append((lease.offset, lease.nbytes, rank, chunk))
+        rows.sort(key=lambda row: row[0])
+        best: list[tuple[int, int, int, Chunk | None]] | None = None
+        first = 0
+        for last in range(len(rows)):
+            if last and rows[last - 1][0] + rows[last - 1][1] != rows[last][0]:
+                first = last  # something between the two stays
+            end = rows[last][0] + rows[last][1]
+            while first < last and end - rows[first + 1][0] >= nbytes:
+                first += 1
+            window = rows[first : last + 1]
+            if end - rows[first][0] >= nbytes and (best is None or _loss(window) < _loss(best)):
+                best = window
+        return None if best is None else [chunk for _, _, _, chunk in best if chunk is not None]
 
     def _compact(self, tier: Tier, nbytes: int) -> bool:
         """Moves copies together where enough is free, but not in one run; whether ``nbytes`` fit now.
@@ -220,6 +251,7 @@ class Manager:
             self.on_evict(chunk)
         self.ledger.apply(chunk, tier, Event.EVICT)
         lease = self._leases.pop((chunk.id, tier))
+        del self._cached[tier][chunk.id]
         lease.release()
         if tier is Tier.DEVICE:
             mark = self._marks.pop(chunk.id, None)
@@ -296,6 +328,7 @@ class Manager:
             self.evict(chunk, Tier.HOST)
         lease = self._lease(Tier.HOST, chunk.nbytes, victims, wait)
         self._leases[chunk.id, Tier.HOST] = lease
+        self._cached[Tier.HOST][chunk.id] = chunk
         self.ledger.apply(chunk, Tier.HOST, Event.BEGIN_FILL)
         fetch.read = self.read(chunk, lease.bytes()[: chunk.nbytes])
 
@@ -309,6 +342,7 @@ class Manager:
             self.lane.reuse_after(None)
         else:
             self._leases[chunk.id, Tier.DEVICE] = self._lease(Tier.DEVICE, chunk.nbytes, victims, wait)
+            self._cached[Tier.DEVICE][chunk.id] = chunk
         self.ledger.apply(chunk, Tier.DEVICE, Event.BEGIN_FILL)
 
     def _pin_host(self, fetch: Fetch) -> None:
@@ -351,6 +385,7 @@ class Manager:
             # a lease whose fill had not begun is in no ledger
             if self.ledger.state(chunk, tier) is CopyState.ABSENT and (chunk.id, tier) in self._leases:
                 self._leases.pop((chunk.id, tier)).release()
+                self._cached[tier].pop(chunk.id, None)
         self.lane.reuse_after(None)
 
     def _end_fetches(self) -> bool:
@@ -499,6 +534,11 @@ class Manager:
         if self.store is not None:
             self.store.close()
             self.store = None
+
+
+def _loss(window: list[tuple[int, int, int, Chunk | None]]) -> tuple[int, int]:
+    """What giving up a window costs: how near its nearest use is, then bytes."""
+    return max(rank for _, _, rank, _ in window), sum(size for _, size, rank, _ in window if rank >= 0)
 
 
 def _quietly(ticket: Ticket) -> None:

@@ -120,6 +120,11 @@ class Pool:
         self._free.insert(at, (begin, end - begin))
 
     @property
+    def runs(self) -> list[tuple[int, int]]:
+        """(offset, bytes) of every free run."""
+        return list(self._free)
+
+    @property
     def free(self) -> int:
         """Bytes not leased."""
         return self.nbytes - self.leased

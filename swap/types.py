@@ -15,6 +15,8 @@ IO_BYTES = 4096
 class Tier(enum.Enum):
     """Where bytes can be, fastest first. Without an accelerator DEVICE is ordinary memory under a cap."""
 
+    __hash__ = object.__hash__  # members are what they are: the inherited one hashes their name, in Python
+
     DEVICE = "device"
     HOST = "host"
     NVME = "nvme"
@@ -22,6 +24,8 @@ class Tier(enum.Enum):
 
 class Kind(enum.Enum):
     """What a chunk holds. MASTER is what PARAM lacks of fp32 (absent when PARAM is fp32)."""
+
+    __hash__ = object.__hash__  # members are what they are: the inherited one hashes their name, in Python
 
     PARAM = "param"
     GRAD = "grad"
@@ -32,6 +36,8 @@ class Kind(enum.Enum):
 
 class CopyState(enum.Enum):
     """State of one chunk's copy in one tier."""
+
+    __hash__ = object.__hash__  # members are what they are: the inherited one hashes their name, in Python
 
     ABSENT = "absent"
     FILLING = "filling"

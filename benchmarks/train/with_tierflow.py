@@ -16,7 +16,7 @@ from train.spec import ADAMW, CLIP, Spec
 #: fp32 gradients, weights and moments: bytes a parameter of each.
 FP32 = 4
 #: Elements of one piece of the update's staging (a small block's quarter), and how many pieces are in flight.
-PIECE, PIECES = 1 << 20, 4
+PIECE, PIECES = 1 << 20, 16
 #: Blocks that fit the device beside the largest parameter when weights live on NVMe: one running, two on their way.
 BLOCKS = 3
 
@@ -89,7 +89,7 @@ def caps(model: nn.Module, param: str, optimizer: str) -> dict[str, int]:
     weights = dict(model.named_parameters())
     largest = FP32 * max(p.numel() for p in weights.values())
     block = FP32 * max(padded(child) for m in model.modules() if isinstance(m, nn.ModuleList) for child in m)
-    staging = PIECES * min(FP32 * PIECE, block // 4) * 3  # the weight and both moments
+    staging = PIECES * PIECE * FP32 * 3  # the weight and both moments
     if param == "nvme":
         host = every + max(largest, staging) + 2 * block
         return {"device_memory": largest + BLOCKS * block, "host_memory": host}
