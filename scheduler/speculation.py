@@ -58,6 +58,7 @@ class Speculation:
         self._attempts: dict[int, Attempt] = {}
         self._unclipped = 0
         self.committed = self.undone = 0
+        self.on_attempt: Callable[[Unit], None] = lambda unit: None  # its weights are no longer those that count
 
     def _suits(self, unit: Unit) -> bool:
         chunk = unit.chunks.get(Kind.EXP_AVG)
@@ -92,6 +93,7 @@ class Speculation:
             job = Job(unit, entries, whole=True, speculative=True)
             self._attempts[unit.index] = Attempt(job, _writes(entries))
             self._queue.add([job])
+            self.on_attempt(unit)
 
     def _entry(self, param_id: int) -> Entry | None:
         assert self._rules is not None
