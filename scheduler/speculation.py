@@ -19,7 +19,7 @@ from tierflow.scheduler.rules import Rule
 from tierflow.scheduler.trace import Recorder
 from tierflow.scheduler.units import Unit
 from tierflow.scheduler.update import UpdateQueue
-from tierflow.swap import Kind, Tier
+from tierflow.swap import CapacityError, Kind, Tier
 
 #: Steps in a row that needed no clipping before "auto" counts on another one.
 PATIENCE = 4
@@ -152,4 +152,12 @@ class Speculation:
             if manager.home(chunk) is Tier.NVME:
                 manager.drop_copies(chunk)
             else:
-                self._queue.stager.restore(attempt.job, kind, self._queue.any_victims())
+                self._restore(attempt.job, kind)
+
+    def _restore(self, job: Job, kind: Kind) -> None:
+        stager = self._queue.stager
+        try:
+            stager.restore(job, kind, self._queue.any_victims())
+        except CapacityError:
+            self._queue.rest()  # others' pieces fill the staging memory
+            stager.restore(job, kind, self._queue.any_victims())

@@ -34,6 +34,8 @@ def cases(draw: st.DrawFn) -> Case:
         groups=draw(st.sampled_from([1, 2])), schedule=schedule, fp16=fp16,
         through_host=draw(st.booleans()), slack=draw(st.sampled_from([0.0, 0.0, 0.5, 1.0, 3.0])),
         seed=draw(st.integers(0, 1 << 16)),
+        delay=draw(st.sampled_from([0.0, 0.0, 2e-4, 2e-3])), worker=draw(st.booleans()),
+        loud_step=draw(st.sampled_from([-1, -1, 3, 6])),
         bad_step=draw(st.sampled_from([-1, -1, 3, 4])), abandoned=draw(st.sampled_from([-1, -1, 2, 5])),
         events=tuple(draw(st.lists(happen, max_size=3))),
     )  # fmt: skip

@@ -7,6 +7,7 @@ import copy
 import hashlib
 import random
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import tiny
 import torch
 from loops import Tower
 from outcome import Stack, states_of
+from slow import slow_down
 from torch import nn
 
 import tierflow
@@ -45,7 +47,10 @@ class Case:
     through_host: bool = False
     slack: float = 0.0
     seed: int = 0
+    delay: float = 0.0  # of the drive for each transfer, seconds
+    worker: bool = False  # kernels on a thread of their own, as with an accelerator
     bad_step: int = -1  # whose loss is infinite
+    loud_step: int = -1  # whose loss is large
     abandoned: int = -1  # whose gradients are thrown away
     steps: int = STEPS
     events: tuple[tuple[int, str, str], ...] = ()
@@ -53,7 +58,7 @@ class Case:
 
 def plain_of(case: Case) -> Case:
     """The same training with nothing moved and nothing overlapped."""
-    return replace(case, placement="device", update="immediate", loop="owned", order="micro_batch", through_host=False)
+    return replace(case, placement="device", update="immediate", loop="owned", order="micro_batch", through_host=False, delay=0.0, worker=False)
 
 
 @dataclass
@@ -108,6 +113,8 @@ def loss_of(model: nn.Module, case: Case, step: int, part: int) -> torch.Tensor:
         loss = model(model.input(100 * step + part, rows=2))
     if step == case.bad_step and part == case.accumulation - 1:
         loss = loss * float("inf")
+    if step == case.loud_step:
+        loss = loss * 1000.0
     return loss / case.accumulation
 
 
@@ -173,6 +180,10 @@ class Run:
                 self.model, config_of(case, path), owned_loop=case.loop == "owned", **options
             )
         self.inner = self.optimizer.engine
+        if case.delay and self.inner.manager.store is not None:
+            slow_down(self.inner, case.delay)
+        if case.worker:
+            self.inner.updates.stager._worker = ThreadPoolExecutor(1)
         change(self.inner)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda s: 1 / (s + 1)) if case.schedule else None
         self.log = self.seen.log
@@ -252,7 +263,7 @@ class Run:
         return digest(self.model.state_dict())
 
     def do_load_state_dict(self, _step: int) -> None:
-        self.model.load_state_dict({k: v.clone() * 1.125 for k, v in self.model.state_dict().items()})
+        self.model.load_state_dict({k: v * 1.125 + 0.0625 for k, v in self.model.state_dict().items()})
 
     def do_evaluate(self, step: int) -> float:
         self.model.eval()
@@ -264,7 +275,7 @@ class Run:
     def do_write(self, step: int) -> None:
         chosen = list(self._params())[step % 3]
         with torch.no_grad(), tierflow.gathered([chosen]):
-            chosen.mul_(0.75)
+            chosen.mul_(0.75).add_(0.0625)
 
     def do_read(self, step: int) -> str:
         chosen = list(self._params())[step % 3]
