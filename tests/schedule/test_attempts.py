@@ -20,6 +20,7 @@ import tierflow
 from tierflow.cpu_adam import CPUAdamW
 from tierflow.scheduler.speculation import PATIENCE
 
+
 def check(case: Case, path: Path) -> Seen:
     """Against the plain schedule, with transfers whose ends depend on no time."""
     return overlap.check(case, path, prompt)

@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 import overlap
-import pytest
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from overlap import STEPS, Case
