@@ -74,7 +74,7 @@ class Seen:
     def difference(self, other: Seen) -> str:
         """The first thing in which the runs differ; empty if there is none."""
         for i, (mine, theirs) in enumerate(zip(self.log, other.log, strict=False)):
-            if mine != theirs:
+            if repr(mine) != repr(theirs):  # NaN is equal to itself here
                 return f"entry {i}: {mine} and {theirs}"
         if len(self.log) != len(other.log):
             return f"{len(self.log)} and {len(other.log)} entries"
