@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -124,6 +125,7 @@ class Engine:
                 self.updates, self.recorder, self.units, self.slots, lambda u: bool(self._pins.get(u.index)) or self._viewed(u),
                 0 if self._update == "speculative" else PATIENCE,
             )  # fmt: skip
+            self.speculation.on_attempt = self.binder.shut  # who looks at a weight is to see the old one
         self._note_versions()
         named = ((c.id, f"{u.label} {kind.value}") for u in self.units for kind, c in u.chunks.items())
         self.manager.timeline.names.update(named)
@@ -358,9 +360,13 @@ class Engine:
         self.home_was_written(unit)
         return param
 
-    def generation(self, unit: Unit) -> int:
-        """How often the unit's weights were updated: a saved weight of an older one is out of date."""
-        return self._generation[unit.index]
+    def generation(self, unit: Unit, offset: int) -> tuple[int, int]:
+        """How often the weight at element ``offset`` was updated, or written by the user: a saved weight of an older
+        generation is out of date."""
+        if self.manager.home(unit.chunk) is not Tier.DEVICE:
+            return self._generation[unit.index], 0
+        at = bisect.bisect(unit.slots, offset, key=lambda slot: slot.offset) - 1
+        return self._generation[unit.index], unit.params[at]._version  # there it can be written without our knowing
 
     # ---- the step
 
@@ -515,7 +521,7 @@ class Engine:
 
     def _write_back(self, unit: Unit) -> None:
         """Carries a changed DEVICE copy home, and forgets the remainder of every weight that changed."""
-        if write_back(self.manager, unit, self.victims()):
+        if write_back(self.manager, unit, self.victims()) and self.manager.home(unit.chunk) is not Tier.DEVICE:
             self._generation[unit.index] += 1
 
     def home_was_written(self, unit: Unit) -> None:

@@ -52,7 +52,7 @@ class SavedWeight:
     dtype: torch.dtype
     conjugate: bool
     negative: bool
-    generation: int
+    generation: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -208,9 +208,10 @@ class ModelHooks:
                 # detached, or a node that saves its own output would keep itself, and a forward without a
                 # backward its activations, for ever; the version counter is shared
                 return SavedTensor(tensor.detach(), tensor._version)
+            offset = int(tensor.storage_offset())
             return SavedWeight(
-                unit, int(tensor.storage_offset()), tensor.shape, tensor.stride(), tensor.dtype,
-                tensor.is_conj(), tensor.is_neg(), self._engine.generation(unit),
+                unit, offset, tensor.shape, tensor.stride(), tensor.dtype,
+                tensor.is_conj(), tensor.is_neg(), self._engine.generation(unit, offset),
             )  # fmt: skip
 
     def _unpack(self, saved: SavedWeight | SavedTensor) -> torch.Tensor:
@@ -225,7 +226,7 @@ class ModelHooks:
             return saved.tensor
         engine = self._engine
         engine.usable()
-        if engine.generation(saved.unit) != saved.generation:
+        if engine.generation(saved.unit, saved.offset) != saved.generation:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
                 f"the weights of {saved.unit.name!r} were updated between this forward and its backward"

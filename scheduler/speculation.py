@@ -19,7 +19,7 @@ from tierflow.scheduler.rules import Rule
 from tierflow.scheduler.trace import Recorder
 from tierflow.scheduler.units import Unit
 from tierflow.scheduler.update import UpdateQueue
-from tierflow.swap import Kind, Tier
+from tierflow.swap import CapacityError, Kind, Tier
 
 #: Steps in a row that needed no clipping before "auto" counts on another one.
 PATIENCE = 4
@@ -58,6 +58,7 @@ class Speculation:
         self._attempts: dict[int, Attempt] = {}
         self._unclipped = 0
         self.committed = self.undone = 0
+        self.on_attempt: Callable[[Unit], None] = lambda unit: None  # its weights are no longer those that count
 
     def _suits(self, unit: Unit) -> bool:
         chunk = unit.chunks.get(Kind.EXP_AVG)
@@ -97,6 +98,7 @@ class Speculation:
             job = Job(unit, entries, whole=True, speculative=True)
             self._attempts[unit.index] = Attempt(job, _writes(entries))
             self._queue.add([job])
+            self.on_attempt(unit)
 
     def _entry(self, param_id: int) -> Entry | None:
         assert self._rules is not None
@@ -155,4 +157,12 @@ class Speculation:
             if manager.home(chunk) is Tier.NVME:
                 manager.drop_copies(chunk)
             else:
-                self._queue.stager.restore(attempt.job, kind, self._queue.any_victims())
+                self._restore(attempt.job, kind)
+
+    def _restore(self, job: Job, kind: Kind) -> None:
+        stager = self._queue.stager
+        try:
+            stager.restore(job, kind, self._queue.any_victims())
+        except CapacityError:
+            self._queue.rest()  # others' pieces fill the staging memory
+            stager.restore(job, kind, self._queue.any_victims())

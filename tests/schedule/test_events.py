@@ -1,0 +1,163 @@
+"""What a step does, in order, compared whole with what the rules say.
+
+Transfers are over as soon as somebody asks, so that the order is the schedule's alone. Kernels and NVMe transfers are
+noted when they start; "backward", "step" and "next forward" are where the loop is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from outcome import Stack
+from slow import prompt
+from torch import nn
+
+import tierflow
+
+UNIT = 24576  #: bytes of a Stack's layer of width 64: 64 * 64 + 64 floats, each parameter aligned, padded
+
+
+def events(engine: Any) -> list[str]:
+    """A list that fills with what the engine starts from now on."""
+    log: list[str] = []
+    manager, stager = engine.manager, engine.updates.stager
+
+    def note(owner: Any, name: str, entry: Callable[..., str]) -> None:
+        before = getattr(owner, name)
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            log.append(entry(*args, **kwargs))
+            return before(*args, **kwargs)
+
+        setattr(owner, name, noted)
+
+    def transfer(op: str) -> Callable[..., str]:
+        def entry(chunk: Any, data: Any, begin: int = 0, spare: bool = False) -> str:
+            return f"{op} {engine.units[chunk.unit].label} {chunk.kind.value}{' (second slot)' if spare else ''}"
+
+        return entry
+
+    note(manager, "read", transfer("read"))
+    note(manager, "write", transfer("write"))
+    note(stager, "compute", lambda piece: f"kernel {piece.job.unit.label}")
+    return log
+
+
+def steady_step(model: nn.Module, loss_of: Callable[[int], torch.Tensor], path: Path, update: str, **config: Any) -> list[str]:
+    """The events from a fourth step's forward to the end of the next step's forward."""
+    placement = config.pop("placement")
+    _, optimizer = tierflow.offload(
+        model, tiny.config(placement, path, update=update, **config), owned_loop=update == "speculative"
+    )
+    prompt(optimizer.engine)
+    log: list[str] = []
+    for step in range(4):
+        if step == 3:
+            log = events(optimizer.engine)
+        optimizer.expect_step()
+        loss = loss_of(step)
+        log.append("backward")
+        loss.backward()
+        log.append("step")
+        optimizer.step()
+        optimizer.zero_grad()
+    log.append("next forward")
+    loss_of(4)
+    optimizer.close()
+    return log
+
+
+def update_of(unit: str, pieces: int, weights: bool = True, slot: str = "") -> list[str]:
+    """States in, kernel, states out, and the weights behind them: piece by piece."""
+    states = ["exp_avg", "exp_avg_sq"]
+    return [
+        *(f"read {unit} {kind}" for kind in states),
+        f"kernel {unit}",
+        *(f"write {unit} {kind}{slot}" for kind in (*states, *(["param"] if weights else []))),
+    ] * pieces
+
+
+AHEAD = " (second slot)"
+
+#: Three of four layers fit. The forward that comes to layer 3 gives up layer 0, whose next use is the farthest: the backward
+#: ends at layer 1, as the input asks for no gradient. There layer 0 is fetched for the next forward, in place of layer 3.
+#: What the update finds in memory it updates there; layer 3 is brought up when the next forward is done with layer 0.
+STACK = {
+    "deferred": [
+        "read layers.3 param",
+        *update_of("layers.3", 2),
+        "backward",
+        "read layers.0 param",
+        "step",
+        *update_of("layers.0", 2),
+        *update_of("layers.1", 2),
+        *update_of("layers.2", 2),
+        "next forward",
+        "read layers.3 param",
+        *update_of("layers.3", 2),
+    ],
+    # layer 1's gradient comes last, when no other unit is to come: what is left is done at the step
+    "speculative": [
+        "read layers.3 param",
+        "backward",
+        *update_of("layers.3", 2, slot=AHEAD),
+        "read layers.0 param",
+        *update_of("layers.2", 2, slot=AHEAD),
+        "step",
+        *update_of("layers.0", 2),
+        *update_of("layers.1", 2),
+        "next forward",
+        "read layers.3 param",
+    ],
+}
+
+#: Weights stay on DEVICE; in the second slot they are kept as they were. The tied embedding's gradient is final when the
+#: embedding's own has come, and layer 0's when no other unit is to come.
+LLAMA = {
+    "deferred": [
+        "backward",
+        "step",
+        *update_of("model.embed_tokens", 1, weights=False),
+        *update_of("model.layers.0", 2, weights=False),
+        *update_of("model.layers.1", 2, weights=False),
+        *update_of("model.norm", 1, weights=False),
+        "next forward",
+    ],
+    "speculative": [
+        "backward",
+        *update_of("model.norm", 1, slot=AHEAD),
+        *update_of("model.layers.1", 2, slot=AHEAD),
+        "step",
+        *update_of("model.embed_tokens", 1, weights=False),
+        *update_of("model.layers.0", 2, weights=False),
+        "next forward",
+    ],
+}
+
+
+@pytest.mark.parametrize("update", ["deferred", "speculative"])
+def test_everything_on_nvme(tmp_path: Path, update: str) -> None:
+    model = Stack(layers=4, width=64)
+    staging = 2 * 4096 * 12  # two pieces of a block of elements each: 4 bytes of weight and 8 of moments
+    found = steady_step(
+        model, lambda step: model(model.input(step)), tmp_path, update, placement="everything",
+        device_memory=str(3 * UNIT), host_memory=str(4 * UNIT + staging),
+    )  # fmt: skip
+    assert found == STACK[update]
+
+
+@pytest.mark.parametrize("update", ["deferred", "speculative"])
+def test_states_on_nvme_and_tied_weights(tmp_path: Path, update: str) -> None:
+    model = tiny.llama(layers=2, hidden=32, vocab=96)
+
+    def loss_of(step: int) -> torch.Tensor:
+        ids = torch.randint(0, 96, (1, 8), generator=torch.Generator().manual_seed(step))
+        return model(input_ids=ids, labels=ids).loss
+
+    found = steady_step(model, loss_of, tmp_path, update, placement="nvme", host_memory="400000")
+    assert found == LLAMA[update]
