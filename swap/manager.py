@@ -72,6 +72,7 @@ class Manager:
     busy_aliases: Callable[[Chunk, Lease], bool] = lambda chunk, lease: False
     traffic: Traffic = field(default_factory=Traffic)
     observer: Callable[[], None] = lambda: None  # called after memory changed hands
+    on_lost: Callable[[Chunk], None] = lambda chunk: None  # the fetch of a copy to be held failed: nothing is held
     timeline: Timeline = field(default_factory=Timeline)
 
     def __post_init__(self) -> None:
@@ -342,6 +343,8 @@ class Manager:
             with contextlib.suppress(OSError):
                 finish(fetch.read)
         self._unpin_host(fetch)
+        if fetch.holds:
+            self.on_lost(chunk)
         for tier in (Tier.HOST, Tier.DEVICE):
             filling = self.ledger.state(chunk, tier) is CopyState.FILLING
             if filling:
