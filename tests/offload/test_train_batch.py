@@ -69,7 +69,7 @@ def plain(model: nn.Module, steps, loss=None) -> tuple[list[float], dict[str, to
 
 
 def engine_for(model, path, placement="everything", order="layer_major", count=COUNT, **options):
-    caps = tiny.tight(model) | options
+    caps = tiny.tight(model, placement, accumulation=count) | options
     config = tiny.config(placement, path, 0.0, count, **caps)
     config["tierflow"]["accumulation"] = order
     return tierflow.initialize(model, config, debug_memory=DebugMemory(random.Random(1)))
@@ -87,6 +87,7 @@ def train(engine, steps, loss=None) -> tuple[list[float], dict[str, torch.Tensor
 
 def no_pins(engine) -> bool:
     inner = engine.optimizer.engine
+    inner.settle()  # an update holds its weights until they are written
     return not any(inner.manager.ledger.pins(u.chunk, t) for u in inner.units for t in (Tier.DEVICE, Tier.HOST)
                    if inner.manager.home(u.chunk) is not t)  # fmt: skip
 
