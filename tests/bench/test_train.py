@@ -18,7 +18,6 @@ from tierflow.cli import app
 from tierflow.scheduler.blocks import deliver_in_blocks
 from tierflow.scheduler.units import Slot
 
-
 EVERYTHING = {"param": "nvme", "optimizer": "nvme", "sequence_length": 16}
 
 
