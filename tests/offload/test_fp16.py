@@ -188,7 +188,7 @@ def test_backward_without_the_block_is_plain(tmp_path: Path) -> None:
     runs = []
     for call in (lambda o, loss: o.backward(loss), lambda o, loss: loss.backward()):
         model = Stack(layers=3, width=16)
-        _, optimizer = tierflow.offload(model, tiny.config("everything", tmp_path))
+        _, optimizer = tierflow.offload(model, tiny.config("everything", tmp_path, **tiny.tight(model)))
         call(optimizer, model(model.input()))
         optimizer.step()
         assert optimizer.loss_scale == 1.0 and not optimizer.overflow
