@@ -18,7 +18,7 @@ from tierflow import aio
 from tierflow.scheduler.bandwidth import Bandwidths, paths_of, probe
 from tierflow.scheduler.binding import Binder, raw
 from tierflow.scheduler.contents import follow_user, read_parameter, store_parameter, write_back
-from tierflow.scheduler.gradients import GradContext, GradSlot, weakly
+from tierflow.scheduler.gradients import GradContext, GradSlot, weakly, while_alive
 from tierflow.scheduler.guard import EvictedParameterError, describe
 from tierflow.scheduler.hooks import ModelHooks, in_backward
 from tierflow.scheduler.jobs import Job
@@ -139,7 +139,8 @@ class Engine:
         flat = lease.bytes()[: chunk.nbytes].view(self.plan.placement.grad_dtype or dtype)
         flat.zero_()
         context = GradContext(
-            self.manager.lane, self.scaling, self.manager.timeline, self._before_write, self._arrived
+            self.manager.lane, self.scaling, self.manager.timeline, while_alive(self._before_write),
+            while_alive(self._arrived),
         )  # fmt: skip
         for slot, p in zip(unit.slots, unit.params, strict=True):
             memory = flat[slot.offset : slot.offset + slot.numel].view(slot.shape)

@@ -233,6 +233,18 @@ def weakly(slot: GradSlot) -> Callable[[torch.Tensor], None]:
     return hook
 
 
+def while_alive(method: Callable[[GradSlot], None]) -> Callable[[GradSlot], None]:
+    """The bound method without a reference to its object: that holds the parameters, and their ``grad`` this."""
+    found = weakref.WeakMethod(method)
+
+    def call(slot: GradSlot) -> None:
+        alive = found()
+        if alive is not None:
+            alive(slot)
+
+    return call
+
+
 class ManagedGrad(torch.Tensor):
     """What ``p.grad`` is: shape, dtype and device of the parameter, data in the GRAD memory.
 

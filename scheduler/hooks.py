@@ -94,7 +94,8 @@ class ModelHooks:
         self.rotation: Rotation | None = None
         self.gauge: Gauge | None = None
         self._handles: list[Any] = []
-        self._streams = bool(engine.plan.homes.streamed(units))  # else weights may be saved as they are
+        # else weights may be saved as they are: they stay where they are, and change at the step
+        self._streams = bool(engine.plan.homes.streamed(units)) or bool(engine.plan.spare)
         for module, needed in module_units(model, units).items():
             self._handles.append(module.register_forward_pre_hook(self._before(needed), prepend=True))
             self._handles.append(module.register_forward_hook(self._after, always_call=True))

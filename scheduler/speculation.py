@@ -114,10 +114,11 @@ class Speculation:
     def resolve(self, jobs: list[Job]) -> list[Job]:
         """Commits the updates that the step asks for and undoes the others; returns the jobs that are left to do."""
         left = []
+        for unit in [a.job.unit for a in self._attempts.values() if not a.job.begun]:
+            self.undo(unit)  # before what follows begins it
         for job in jobs:
             attempt = self._attempts.get(job.unit.index)
-            begun = attempt is not None and attempt.job.begun
-            if attempt is not None and begun and attempt.stands(job.entries):
+            if attempt is not None and attempt.stands(job.entries):
                 self._commit(attempt)
             else:
                 left.append(job)

@@ -42,6 +42,7 @@ class UpdateQueue:
         self._looked_ahead = False
         self._foreseen: dict[tuple[int, int, int], Piece] = {}  # by unit, begin, end
         self._manager.reclaim = self.forget
+        self._manager.on_lost = self._lost
 
     # ---- what is due
 
@@ -316,8 +317,10 @@ class UpdateQueue:
         return True
 
     def _ready(self, piece: Piece) -> bool:
-        job = piece.job
-        there = job.tier is None or self._manager.ledger.valid(job.unit.chunk, job.tier)
+        job, chunk = piece.job, piece.job.unit.chunk
+        if job.tier is not None and not job.held and self._manager.home(chunk) is Tier.NVME:  # its fetch failed
+            job.held = self._manager.fetch(chunk, self._victims(None), target=job.tier, hold=True)
+        there = job.tier is None or self._manager.ledger.valid(chunk, job.tier)
         return there and all(t.done() for t in piece.reads)
 
     def _retire(self) -> bool:
@@ -365,6 +368,11 @@ class UpdateQueue:
         if self._manager.ledger.state(chunk, home) is CopyState.STALE:
             self._manager.ledger.apply(chunk, home, Event.BEGIN_FILL)
             self._manager.ledger.apply(chunk, home, Event.END_FILL)
+
+    def _lost(self, chunk: Chunk) -> None:
+        job = self._jobs.get(chunk.unit)
+        if job is not None:
+            job.held = False
 
     def _let_go(self, job: Job) -> None:
         if job.held and job.tier is not None:

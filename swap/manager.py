@@ -72,6 +72,7 @@ class Manager:
     busy_aliases: Callable[[Chunk, Lease], bool] = lambda chunk, lease: False
     traffic: Traffic = field(default_factory=Traffic)
     observer: Callable[[], None] = lambda: None  # called after memory changed hands
+    on_lost: Callable[[Chunk], None] = lambda chunk: None  # the fetch of a copy to be held failed: nothing is held
     timeline: Timeline = field(default_factory=Timeline)
     reclaim: Callable[[], bool] = lambda: False  # gives back memory that was taken ahead of need; False if there is none
 
@@ -376,6 +377,8 @@ class Manager:
             with contextlib.suppress(OSError):
                 finish(fetch.read)
         self._unpin_host(fetch)
+        if fetch.holds:
+            self.on_lost(chunk)
         for tier in (Tier.HOST, Tier.DEVICE):
             filling = self.ledger.state(chunk, tier) is CopyState.FILLING
             if filling:

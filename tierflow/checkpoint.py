@@ -65,6 +65,7 @@ def save_checkpoint(
     """
     engine = engine_of(model)
     engine.usable()
+    engine.settle()
     target = Path(folder)
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -111,6 +112,7 @@ def load_checkpoint(model: nn.Module, optimizer: OffloadOptimizer, folder: str |
         missing = [_key(s, k) for _, s, k in wanted if _key(s, k) not in files]
         if missing:
             raise WeightsError(f"{source}: {len(missing)} tensor(s) missing, first {missing[0]!r}")
+        engine.settle()  # an update that is due would run over what is restored
         for unit, slot, kind in wanted:
             _restore(engine, unit, slot, kind, files.read(_key(slot, kind)))
         for name, buffer in _persistent_buffers(model).items():

@@ -28,7 +28,7 @@ def config(path: Path | str | None, param: str = "nvme", optim: str = "nvme", **
         "zero_optimization": {
             "offload_param": {"device": param, **place}, "offload_optimizer": {"device": optim, **place},
         },
-        "tierflow": {"device_memory": "1MB", "host_memory": "4MB", "nvme_capacity": "64MB"} | block,
+        "tierflow": {"device_memory": 3 * LAYER, "host_memory": 12 * LAYER, "nvme_capacity": "64MB"} | block,
     }  # fmt: skip
 
 
@@ -111,7 +111,7 @@ def test_a_config_file_that_is_none(tmp_path: Path, text: str) -> None:
 def test_tiers_that_make_no_sense_together(tmp_path: Path, param: str, optim: str) -> None:
     message = refused(tierflow.ConfigError, f'"{param}".*"{optim}"', config(tmp_path, param, optim))
     assert f'set offload_optimizer.device to "{param}"' in message
-    fitting = config(tmp_path, param, param)
+    fitting = config(tmp_path, param, param, host_memory="4MB")
     _, optimizer = tierflow.offload(Stack(layers=6, width=64), fitting)
     optimizer.close()
 

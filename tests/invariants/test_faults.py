@@ -136,6 +136,7 @@ def test_a_fetch_that_fails_is_raised_and_training_goes_on(
 ) -> None:
     model, optimizer, twin, other = pair(faulty, tmp_path, prefetch=prefetch)
     engine = optimizer.engine
+    engine.settle()  # so that what reads next is no update
     faulty.inject("read", *extent(engine, 6, Kind.PARAM))
     with pytest.raises(aio.AioError) as raised:
         act(model)
@@ -172,20 +173,33 @@ def test_a_fetch_that_fails_in_the_backward_is_raised_and_the_step_can_be_done_a
     other.close()
 
 
+def in_memory(engine, unit: int, kind: Kind) -> bool:
+    """Whether the chunk is in a memory tier, or on its way there."""
+    chunk, manager = engine.units[unit].chunks[kind], engine.manager
+    return manager.is_fetching(chunk) or any(manager.ledger.valid(chunk, t) for t in (Tier.DEVICE, Tier.HOST))
+
+
 @pytest.mark.parametrize("op", ["read", "write"])
 @pytest.mark.parametrize("kind", [Kind.PARAM, Kind.EXP_AVG, Kind.EXP_AVG_SQ])
 @pytest.mark.parametrize("unit", [0, 5, 9])
-def test_an_update_that_fails_ends_the_run_clearly(faulty: Faulty, op: str, kind: Kind, unit: int) -> None:
+@pytest.mark.parametrize("runs_at", ["step", "settle", "forward"])
+def test_an_update_that_fails_ends_the_run_clearly(faulty: Faulty, op: str, kind: Kind, unit: int, runs_at: str) -> None:
     model = Stack(layers=10, width=64)
-    _, optimizer = tierflow.offload(model, config(faulty.directory))
+    update = "immediate" if runs_at == "step" else "deferred"
+    _, optimizer = tierflow.offload(model, config(faulty.directory, update=update))
     engine = optimizer.engine
     train(model, optimizer, 0)
     model(model.input(1)).backward()
-    if op == "read" and any(engine.manager.ledger.valid(engine.units[unit].chunks[kind], t) for t in (Tier.DEVICE, Tier.HOST)):
+    if op == "read" and in_memory(engine, unit, kind):
         kind = Kind.EXP_AVG  # this weight is in memory already: its update reads only the moments
     faulty.inject(op, *extent(engine, unit, kind), code=errno.EIO if op == "read" else errno.ENOSPC)
     with pytest.raises(aio.AioError) as raised:
         optimizer.step()
+        if runs_at == "settle":
+            engine.settle()
+        if runs_at == "forward":
+            forward(model)
+            engine.settle()  # what was written behind the forward
     assert (raised.value.op, raised.value.filename) == (op, str(faulty.directory))
     assert engine.failed is not None and pins(engine) == 0
     faulty.heal()
@@ -201,13 +215,39 @@ def test_an_update_that_fails_ends_the_run_clearly(faulty: Faulty, op: str, kind
     assert is_gone(faulty.directory)
 
 
+def test_weights_that_an_update_waits_for_are_read_again_after_an_error_met_elsewhere(faulty: Faulty, tmp_path: Path) -> None:
+    model, optimizer, twin, other = pair(faulty, tmp_path, prefetch=False)
+    engine, queue = optimizer.engine, optimizer.engine.updates
+    model(model.input(1)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    for unit in engine.units[:5]:
+        queue.end(unit)
+    faulty.inject("read", *extent(engine, 5, Kind.PARAM))
+    job = queue.job(engine.units[5])
+    assert queue._begin(must=True) and job.held and engine.manager.is_fetching(job.unit.chunk)
+    with pytest.raises(aio.AioError):
+        while engine.manager.is_fetching(job.unit.chunk):
+            engine.manager.pump()
+    assert engine.failed is None and not job.held
+    faulty.heal()
+    train(twin, other, 1)
+    for i in range(2, 4):
+        assert train(model, optimizer, i) == train(twin, other, i)
+    assert tiny.same(states_of(engine), states_of(other.engine)) and pins(engine) == 0
+    optimizer.close()
+    other.close()
+
+
 def test_a_failed_run_is_restored_from_a_checkpoint(faulty: Faulty, tmp_path: Path) -> None:
     model, optimizer, twin, other = pair(faulty, tmp_path)
     tierflow.save_checkpoint(model, optimizer, tmp_path / "checkpoint")
     model(model.input(1)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
     faulty.inject("write", *extent(optimizer.engine, 7, Kind.EXP_AVG))
     with pytest.raises(aio.AioError):
-        optimizer.step()
+        train(model, optimizer, 1)
     faulty.heal()
     optimizer.close()
     fresh = Stack(layers=10, width=64)
@@ -279,7 +319,7 @@ def test_a_disk_too_small_is_found_out_before_the_model_is_touched(small_tmpfs: 
     model = Stack(layers=30, width=64)
     before = weights(model)
     with pytest.raises(tierflow.DoesNotFit, match="nvme"):
-        tierflow.offload(model, config(small_tmpfs, host_memory="64MB", nvme_capacity=capacity))
+        tierflow.offload(model, config(small_tmpfs, **(tiny.tight(model) | {"nvme_capacity": capacity})))
     assert untouched(model, before) and is_gone(small_tmpfs)
 
 
@@ -288,7 +328,7 @@ def test_a_disk_that_fills_up_meanwhile(small_tmpfs: Path, monkeypatch: pytest.M
     before = weights(model)
     monkeypatch.setattr("tierflow.machine.disk_free", lambda path: 1 << 40)
     with pytest.raises(aio.DiskFull) as raised:
-        tierflow.offload(model, config(small_tmpfs, host_memory="64MB"))
+        tierflow.offload(model, config(small_tmpfs, **tiny.tight(model)))
     assert str(small_tmpfs) in str(raised.value)
     assert untouched(model, before) and is_gone(small_tmpfs)
 

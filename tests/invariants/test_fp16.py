@@ -15,6 +15,7 @@ import tiny
 import torch
 from exact import DECAY, EPS, LR, Master
 from outcome import Outcome, Stack, states_of
+from torch import nn
 
 import tierflow
 from tierflow.swap import DebugMemory
@@ -23,10 +24,15 @@ from tierflow.weights import WeightsError
 WINDOW = 3
 
 
-def config(path: Path, placement: str, accumulation: int, clip: float, **fp16: Any) -> dict[str, Any]:
-    made = tiny.config(placement, path, clip, accumulation)
+def config(
+    model: nn.Module, path: Path, placement: str, accumulation: int, clip: float, **fp16: Any
+) -> dict[str, Any]:
+    """Under tight caps."""
+    top = {"fp16": {"enabled": True, "loss_scale_window": WINDOW, "hysteresis": 1} | fp16}
+    caps = {} if placement == "device" else tiny.tight(model, placement, accumulation=accumulation, top=top)
+    made = tiny.config(placement, path, clip, accumulation, **caps)
     made["optimizer"]["params"] = {"lr": LR, "weight_decay": DECAY, "eps": EPS}
-    return made | {"fp16": {"enabled": True, "loss_scale_window": WINDOW, "hysteresis": 1} | fp16}
+    return made | top
 
 
 class Plain:
@@ -83,7 +89,7 @@ def test_the_reference_in_every_bit(
 ) -> None:
     model = Stack(layers=2, width=9)
     plain = Plain(model, float(scale.get("loss_scale", 2.0**24)), "loss_scale" not in scale)
-    _, optimizer = tierflow.offload(model, config(tmp_path, placement, accumulation, clip, **scale))
+    _, optimizer = tierflow.offload(model, config(model, tmp_path, placement, accumulation, clip, **scale))
     losses, norms, scales = [], [], []
     for step in range(24):
         batch = inputs(step, accumulation, 9)
@@ -119,10 +125,7 @@ def test_the_reference_in_every_bit(
 def run(path: Path, placement: str, accumulation: int, clip: float, seed: int | None = 1) -> tuple[Outcome, list[float]]:
     """A tiny Llama under tight caps, slots at random, freed memory poisoned; and the loss scale of each step."""
     model = tiny.llama(layers=2, hidden=32)
-    made = config(path, placement, accumulation, clip, initial_scale_power=24, hysteresis=2)
-    if placement != "device":
-        caps = tiny.tight(model, placement)
-        made["tierflow"] |= caps
+    made = config(model, path, placement, accumulation, clip, initial_scale_power=24, hysteresis=2)
     debug = None if seed is None else DebugMemory(random.Random(seed))
     _, optimizer = tierflow.offload(model, made, debug_memory=debug)
     losses, norms, scales = [], [], []
@@ -165,7 +168,7 @@ class Resumable:
     def __init__(self, path: Path, placement: str, **fp16: Any):
         path.mkdir(exist_ok=True)
         self.model = Stack(layers=2, width=16)
-        _, self.optimizer = tierflow.offload(self.model, config(path, placement, 1, 0.1, hysteresis=2, **fp16))
+        _, self.optimizer = tierflow.offload(self.model, config(self.model, path, placement, 1, 0.1, hysteresis=2, **fp16))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda s: 1 / (s + 1))
         self.at = 0
 

@@ -13,13 +13,16 @@ from outcome import Stack, states_of
 from torch import nn
 
 import tierflow
+from tierflow.swap import Tier
 
 
 def offloaded(path: Path, accumulation: int = 1, clip: float = 0.0, model: nn.Module | None = None, **fp16: Any):
     """An fp16 Stack with everything on NVMe, and its optimizer."""
     model = Stack(layers=3, width=16) if model is None else model
-    config = tiny.config("everything", path, clip, accumulation)
-    _, optimizer = tierflow.offload(model, config | {"fp16": {"enabled": True} | fp16})
+    top = {"fp16": {"enabled": True} | fp16}
+    config = tiny.config("everything", path, clip, accumulation, **tiny.tight(model, accumulation=accumulation, top=top))
+    _, optimizer = tierflow.offload(model, config | top)
+    assert optimizer.engine.plan.resident_bytes(Tier.NVME)
     return model, optimizer
 
 
@@ -185,7 +188,7 @@ def test_backward_without_the_block_is_plain(tmp_path: Path) -> None:
     runs = []
     for call in (lambda o, loss: o.backward(loss), lambda o, loss: loss.backward()):
         model = Stack(layers=3, width=16)
-        _, optimizer = tierflow.offload(model, tiny.config("everything", tmp_path))
+        _, optimizer = tierflow.offload(model, tiny.config("everything", tmp_path, **tiny.tight(model)))
         call(optimizer, model(model.input()))
         optimizer.step()
         assert optimizer.loss_scale == 1.0 and not optimizer.overflow

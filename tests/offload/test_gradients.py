@@ -147,7 +147,7 @@ def test_in_place_changes_between_forward_and_backward_are_seen(tmp_path) -> Non
             return z.sum()
 
     spoils = Spoils()
-    _, c = tierflow.offload(spoils, tiny.config("everything", tmp_path))
+    _, c = tierflow.offload(spoils, tiny.config("everything", tmp_path, **tiny.tight(spoils)))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         spoils(torch.randn(2, 4)).backward()
     b.close()

@@ -177,7 +177,7 @@ def test_adam_with_l2_decay_and_maximize(tmp_path) -> None:
     plain = copy.deepcopy(model)
     a = torch.optim.Adam(plain.parameters(), lr=1e-3, weight_decay=0.1, maximize=True)
     taken = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=0.1, maximize=True)
-    _, b = tierflow.offload(model, tiny.config("nvme", tmp_path), optimizer=taken)
+    _, b = tierflow.offload(model, tiny.config("nvme", tmp_path, **tiny.tight(model, "nvme")), optimizer=taken)
     for m, o in ((plain, a), (model, b)):
         loss_of(m).backward()
         o.step()
@@ -278,7 +278,8 @@ def test_weights_written_in_place_become_the_master(tmp_path, state) -> None:
     results = []
     for placement in ("host", "everything"):
         m = copy.deepcopy(model)
-        _, o = tierflow.offload(m, tiny.config(placement, tmp_path, optimizer_state=state))
+        caps = tiny.tight(m, placement, optimizer_state=state)
+        _, o = tierflow.offload(m, tiny.config(placement, tmp_path, optimizer_state=state, **caps))
         loss_of(m).backward()
         o.step()
         o.zero_grad()

@@ -69,7 +69,7 @@ def plain(model: nn.Module, steps, loss=None) -> tuple[list[float], dict[str, to
 
 
 def engine_for(model, path, placement="everything", order="layer_major", count=COUNT, **options):
-    caps = tiny.tight(model) | options
+    caps = tiny.tight(model, placement, accumulation=count) | options
     config = tiny.config(placement, path, 0.0, count, **caps)
     config["tierflow"]["accumulation"] = order
     return tierflow.initialize(model, config, debug_memory=DebugMemory(random.Random(1)))
@@ -87,6 +87,7 @@ def train(engine, steps, loss=None) -> tuple[list[float], dict[str, torch.Tensor
 
 def no_pins(engine) -> bool:
     inner = engine.optimizer.engine
+    inner.settle()  # an update holds its weights until they are written
     return not any(inner.manager.ledger.pins(u.chunk, t) for u in inner.units for t in (Tier.DEVICE, Tier.HOST)
                    if inner.manager.home(u.chunk) is not t)  # fmt: skip
 
@@ -116,7 +117,8 @@ def test_with_activation_checkpointing(name: str, reentrant: bool, tmp_path) -> 
         if reentrant:
             m.enable_input_require_grads()
     expected = plain(other, text())
-    with engine_for(model, tmp_path) as engine:
+    room = tiny.tight(model, slack=8.0, accumulation=COUNT)["device_memory"]  # what is recomputed keeps its weights
+    with engine_for(model, tmp_path, device_memory=room) as engine:
         equal(train(engine, text()), expected)
 
 
@@ -262,7 +264,7 @@ def test_layer_major_reads_what_one_micro_batch_reads(tmp_path) -> None:
     for order, count in (("layer_major", 1), ("layer_major", COUNT), ("micro_batch", COUNT)):
         model = wide()
         steps = ways([[list(range(12))] * count] * 4)
-        with engine_for(model, tmp_path, order=order, count=count, **SMALL) as engine:
+        with engine_for(model, tmp_path, order=order, count=count, update="immediate", **SMALL) as engine:
             found[order, count] = bytes_of_last_step(engine, steps, way_loss)
             plan = engine.optimizer.engine.plan
             planned[order, count] = plan.nvme_read, plan.nvme_written
@@ -402,14 +404,13 @@ def test_auto_takes_turns_where_that_saves_fetches_and_fits(tmp_path, monkeypatc
         with engine_for(model, tmp_path, order="auto", **options) as engine:
             for step in steps:
                 engine.train_batch(step, loss)
-            assert str(engine.accumulation) in engine.report()
             return engine.accumulation
 
     steps = ways([[list(range(12))] * COUNT] * 2)
     found = choice(wide(), steps, way_loss, **SMALL)
     assert (found.order, found.at_once) == ("layer_major", COUNT)
     found = choice(wide(), steps, way_loss, device_memory="64MB")
-    assert found.order == "micro_batch" and "caches all weights" in found.why
+    assert found.order == "micro_batch" and "weights stay on the device" in found.why
     found = choice(wide(), steps, way_loss, placement="host", device_memory="64MB", host_memory="64MB")
     assert found.order == "micro_batch" and "weights stay on the device" in found.why
     found = choice(Drops(), [[torch.randn(4, 32) for _ in range(COUNT)]] * 2, device_memory="20KB")

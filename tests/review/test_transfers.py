@@ -104,7 +104,7 @@ def least_device_memory(make, path) -> int:
     while high - low > 4096:
         middle = (low + high) // 2 // 4096 * 4096
         try:
-            _, b = tierflow.offload(make(), tiny.config("everything", path, device_memory=str(middle)))
+            _, b = tierflow.offload(make(), tiny.config("everything", path, device_memory=str(middle), host_memory="200KB"))
             b.close()
             high = middle
         except tierflow.DoesNotFit:

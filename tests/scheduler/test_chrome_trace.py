@@ -99,7 +99,7 @@ def test_the_bytes_of_a_trace_are_those_that_moved(tmp_path) -> None:
     held = [e["args"] for e in body["traceEvents"] if e["ph"] == "C"]
     assert held and all(set(h) == {"DEVICE", "HOST"} for h in held)
     names = {e["name"] for e in done}
-    assert {"model.layers.0.mlp", "model.layers.0.mlp update", "model.layers.0.mlp exp_avg", "forward", "backward"} <= names
+    assert {"model.layers.0.mlp.up_proj", "model.layers.0.mlp.up_proj update", "model.layers.0.mlp.up_proj exp_avg", "forward", "backward"} <= names
 
 
 def test_a_run_that_ends_early_leaves_what_there_is(tmp_path, caplog) -> None:

@@ -75,22 +75,42 @@ def weights(model) -> dict[str, torch.Tensor]:
     return out
 
 
-def tight(model: nn.Module, placement: str = "everything", slack: float = 1.0, accumulation: int = 1, direct: bool = True, **block) -> dict:
-    """Caps so low that hardly a unit more than the running module's fits: nothing can be cached for long."""
+def tight(
+    model: nn.Module, placement: str = "everything", slack: float = 1.0, accumulation: int = 1, direct: bool = True,
+    top: dict | None = None, **block,
+) -> dict:  # fmt: skip
+    """Caps so low that hardly a unit more than the running module's fits: nothing can be cached for long.
+
+    Nothing that the placement has on NVMe lives in HOST for good under them. ``top``: other blocks of the config.
+    """
     from tierflow.config import load_config
     from tierflow.offloading import make_run
 
     trained = {id(p) for p in model.parameters() if p.requires_grad}
 
     def plan(caps: dict) -> object:
-        wanted = load_config(config(placement, "/", 0.0, accumulation, **(block | caps)))
+        wanted = load_config(config(placement, "/", 0.0, accumulation, **(block | caps)) | (top or {}))
         return make_run(model, wanted, torch.device("cpu"), trained, None, direct=direct)
 
     (units, _, _), caps = least(plan)
     if any(k in caps and caps[k] != 4096 for k in ("device_memory",)):
         caps["device_memory"] += int(slack * max(u.chunk.nbytes for u in units))
-    caps["host_memory"] += int(slack * 4 * 4096 * 12)
+    least_host = caps["host_memory"]
+    for part in (1.0, 0.5, 0.25, 0.0):
+        caps["host_memory"] = least_host + int(part * slack * 4 * 4096 * 12)
+        if not _moved_up(plan(caps)):
+            break
     return {name: str(n) for name, n in caps.items()}
+
+
+def _moved_up(run) -> bool:
+    """Whether anything lives in HOST that the placement has on NVMe."""
+    from tierflow.swap import Tier
+
+    units, made, _ = run
+    kinds = [(u, kind) for u in units for kind in u.chunks]
+    lower = any(made.homes.of(u, k) is Tier.HOST and made.placement.home(k) is Tier.NVME for u, k in kinds)
+    return lower or any(made.homes.front.values())
 
 
 def least(offer, **caps):
