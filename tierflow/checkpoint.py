@@ -106,7 +106,6 @@ def load_checkpoint(model: nn.Module, optimizer: OffloadOptimizer, folder: str |
         )
     if manifest["names"] != _group_names(model, optimizer):
         raise WeightsError(f"{source}: its parameter groups do not hold the same parameters as this optimizer's")
-    engine.settle()  # an update that is due would run on what is restored
     with WeightFiles(source) as files:
         wanted = [(u, s, k) for u, s in _slots(engine) for k in (Kind.PARAM, *_STATES) if k in u.chunks]
         missing = [_key(s, k) for _, s, k in wanted if _key(s, k) not in files]

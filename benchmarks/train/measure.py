@@ -14,6 +14,15 @@ class Phases:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._running: str | None = None
+        self._since = 0.0
+
+    def enter(self, name: str | None) -> None:
+        """From now on seconds count for this phase, or for none."""
+        now = time.perf_counter()
+        if self._running is not None:
+            self.seconds[self._running] = self.seconds.get(self._running, 0.0) + now - self._since
+        self._running, self._since = {"update": "step"}.get(name or "", name), now
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:

@@ -38,8 +38,10 @@ def measure(spec: Spec) -> dict[str, Any]:
         losses.append(trainer.step(ids, phases))
         steps.append({"seconds": time.perf_counter() - start, **phases.seconds})
     ended, after = time.monotonic(), kernel_io()
+    floor = trainer.floor() if hasattr(trainer, "floor") else None
     result = {
         "steps": steps,
+        "floor": floor,
         "losses": losses,
         "window": [began, ended],  # on the clock that all processes share
         "kernel_read": (after[0] - before[0]) / spec.steps,

@@ -41,6 +41,7 @@ def _row(contender: Contender, runs: list[dict[str, Any]], torch: list[dict[str,
         "kernel_read": statistics.median(r["kernel_read"] for r in runs),
         "kernel_written": statistics.median(r["kernel_written"] for r in runs),
         "engine": _medians([r["engine"] for r in runs]),
+        "floor": floor_of(runs),
         "losses": runs[0]["losses"],
         "loss_difference": _loss_difference(runs, torch),
         "facts": runs[0]["facts"],
@@ -48,6 +49,19 @@ def _row(contender: Contender, runs: list[dict[str, Any]], torch: list[dict[str,
                     "kernel_written": r["kernel_written"], "peak_bytes": r["peak_bytes"],
                     "peak_sampled_bytes": r["peak_sampled_bytes"]} for r in runs],
     }  # fmt: skip
+
+
+def floor_of(runs: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The floor that the engine computed, and the step's time over it, both as medians over rounds."""
+    if any(r["floor"] is None for r in runs):
+        return None
+    ratios = [_median_seconds(r) / r["floor"]["seconds"] for r in runs]
+    return {
+        "seconds": statistics.median(r["floor"]["seconds"] for r in runs),
+        "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+        "resources": runs[-1]["floor"]["resources"],
+        "last_round": runs[-1]["floor"]["lanes"],
+    }
 
 
 def spread(values: list[float]) -> dict[str, float]:

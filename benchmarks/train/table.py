@@ -10,7 +10,7 @@ from rich.table import Table
 from train.summary import LOSS_TOLERANCE, PHASES
 
 _COLUMNS = (
-    "s/step", "min..max", "x torch", "fwd", "bwd", "step", "waiting s", "peak RSS GiB (steps)", "NVMe GB/step", "engine's GB", "loss off by",
+    "s/step", "min..max", "x torch", "fwd", "bwd", "step", "waiting s", "floor s (x)", "peak RSS GiB (steps)", "NVMe GB/step", "engine's GB", "loss off by",
 )  # fmt: skip
 
 
@@ -47,6 +47,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{ratio['median']:.2f}" if ratio else "",
         *(f"{row['phases'][p]:.2f}" for p in PHASES),
         f"{sum(waits):.2f}" if waits else "",
+        f"{row['floor']['seconds']:.2f} ({row['floor']['ratio']['median']:.2f})" if row["floor"] else "",
         f"{row['peak_bytes'] / 2**30:.2f} ({row['peak_sampled_bytes'] / 2**30:.2f})",
         f"{row['kernel_read'] / 1e9:.2f}+{row['kernel_written'] / 1e9:.2f}",
         "+".join(counted),

@@ -9,47 +9,52 @@ import torch
 from torch import nn
 
 import tierflow
+from tierflow.scheduler.report import Report
+from tierflow.swap import Lanes
 from train.measure import Phases
 from train.model import build, parameters
 from train.spec import ADAMW, CLIP, Spec
 
 #: fp32 gradients, weights and moments: bytes a parameter of each.
 FP32 = 4
-#: Elements of one piece of the update's staging (a small block's quarter), and how many pieces are in flight.
-PIECE, PIECES = 1 << 20, 16
+#: Elements of one piece of the update's staging, and how many are in flight: tierflow's own.
+PIECE, PIECES = 1 << 20, 24
 #: Blocks that fit the device beside the largest parameter when weights live on NVMe: one running, two on their way.
 BLOCKS = 3
 
 
 class Trainer:
-    """The loop of any torch user around an offloaded model."""
+    """A step that the engine runs whole."""
 
     def __init__(self, spec: Spec):
         model = build(spec.shape)
         self.parameters = parameters(model)
         self.config = settings(model, spec)
-        self.model, self.optimizer = tierflow.offload(model, self.config)
+        self.engine = tierflow.initialize(model, self.config)
+        self.optimizer = self.engine.optimizer
+        self.lanes: list[Lanes] = []
 
     def step(self, micro_batches: list[torch.Tensor], phases: Phases) -> float:
         """One optimizer step; the mean of the micro-batches' losses."""
-        total = 0.0
-        for ids in micro_batches:
-            with phases("forward"):
-                loss = self.model(input_ids=ids, labels=ids).loss
-            with phases("backward"):
-                (loss / len(micro_batches)).backward()
-            total += loss.item()
-        with phases("step"):
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        return total / len(micro_batches)
+        batches = [{"input_ids": ids, "labels": ids} for ids in micro_batches]
+        loss = self.engine.train_batch(batches, observer=phases.enter).item()
+        assert self.optimizer.engine.last_step is not None
+        self.lanes.append(self.optimizer.engine.last_step)
+        return loss
 
     def counts(self) -> dict[str, float]:
         """The engine's own seconds and bytes since the last call."""
+        self.lanes.clear()
         report = asdict(self.optimizer.engine.take_report())
         report.pop("grad_norm")  # a value, not a count
         flat = report.pop("traffic") | report
         return {name: value for name, value in flat.items() if isinstance(value, int | float)}
+
+    def floor(self) -> dict[str, Any]:
+        """What the slowest resource needs for a mean step, at the rates measured now."""
+        mean = sum(self.lanes[1:], self.lanes[0]) / len(self.lanes)
+        report = self.optimizer.engine.report(mean, len(self.lanes))
+        return {"seconds": report.floor.seconds, "resources": report.floor.resources, "lanes": text_of(report)}
 
     def facts(self) -> dict[str, Any]:
         """Settings and versions; how files are read and written."""
@@ -59,7 +64,12 @@ class Trainer:
 
     def close(self) -> None:
         """Gives memory and disk back."""
-        self.optimizer.close()
+        self.engine.close()
+
+
+def text_of(report: Report) -> list[str]:
+    """The report's lines."""
+    return report.text().splitlines()
 
 
 def settings(model: nn.Module, spec: Spec) -> dict[str, Any]:
@@ -67,7 +77,7 @@ def settings(model: nn.Module, spec: Spec) -> dict[str, Any]:
     param, optimizer = spec.options["param"], spec.options["optimizer"]
     return {
         "optimizer": {"type": "AdamW", "params": ADAMW},
-        "gradient_clipping": CLIP,
+        "gradient_clipping": float(spec.options.get("clip", CLIP)),
         "train_micro_batch_size_per_gpu": spec.batch,
         "gradient_accumulation_steps": spec.accumulation,
         "zero_optimization": {
@@ -75,7 +85,7 @@ def settings(model: nn.Module, spec: Spec) -> dict[str, Any]:
             "offload_param": {"device": param, "nvme_path": spec.folder},
             "offload_optimizer": {"device": optimizer, "nvme_path": spec.folder},
         },
-        "tierflow": {"device": "cpu"} | caps(model, param, optimizer),
+        "tierflow": {"device": "cpu", "update": spec.options.get("update", "auto")} | caps(model, param, optimizer),
     }
 
 
@@ -89,7 +99,7 @@ def caps(model: nn.Module, param: str, optimizer: str) -> dict[str, int]:
     weights = dict(model.named_parameters())
     largest = FP32 * max(p.numel() for p in weights.values())
     block = FP32 * max(padded(child) for m in model.modules() if isinstance(m, nn.ModuleList) for child in m)
-    staging = PIECES * PIECE * FP32 * 3  # the weight and both moments
+    staging = min(PIECES * PIECE, padded(model) // 5) * FP32 * 3  # the weight and both moments
     if param == "nvme":
         host = every + max(largest, staging) + 2 * block
         return {"device_memory": largest + BLOCKS * block, "host_memory": host}
