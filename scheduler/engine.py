@@ -529,6 +529,7 @@ class Engine:
         """The home copy was replaced from outside: caches are dropped, saved weights are out of date."""
         self.manager.wrote(unit.chunk, self.manager.home(unit.chunk))
         self._generation[unit.index] += 1
+        self._versions.update({id(p): p._version for p in unit.params if id(p) in self._versions})  # its master came too
 
     # ---- the end
 

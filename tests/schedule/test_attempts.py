@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import tiny
 import torch
 from outcome import states_of
-from overlap import Case, Seen
+from overlap import Case, Run, Seen
 from slow import prompt
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -61,6 +62,28 @@ def test_what_is_changed_before_the_step_undoes_it(tmp_path: Path, placement: st
 def test_who_looks_before_the_step_sees_the_weights_of_before(tmp_path: Path, placement: str, what: str) -> None:
     case = Case(placement=placement, events=((4, "before_step", what), (4, "before_step", "state_dict")), steps=6)
     assert check(case, tmp_path).undone > 0
+
+
+@pytest.mark.parametrize("update", ["deferred", "speculative"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("what", ["zero", "assign_grad", "scale_grad", "read_grad", "write", "restore", "load_state_dict"])
+def test_what_is_changed_while_updates_are_due_waits_for_them(tmp_path: Path, placement: str, what: str, update: str) -> None:
+    case = Case(placement=placement, update=update, delay=1e-3, events=((3, "after_step", what),), steps=5)
+    overlap.check(case, tmp_path)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_undoing_finds_memory_while_other_pieces_hold_it(tmp_path: Path, seed: int) -> None:
+    case = Case(placement="nvme", delay=1e-3, seed=seed, events=tuple((n, "before_step", "lr") for n in range(2, 6)), steps=6)
+    overlap.check(case, tmp_path)
+
+
+def test_a_checkpoint_is_loaded_over_weights_that_were_written(tmp_path: Path) -> None:
+    for placement in ("device", *PLACEMENTS):  # with the 16 bits that the weights themselves lack
+        case = Case(dtype="bfloat16", placement=placement, update="deferred", events=((2, "between", "restore"),), steps=4)
+        seen, plain = Run(case, tmp_path).run(), Run(replace(case, placement="everything", events=((2, "between", "save"),)), tmp_path)
+        found, expected = seen.states, plain.run().states
+        assert tiny.same(found, expected), placement
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -156,3 +179,24 @@ def test_a_step_that_never_comes(tmp_path: Path, placement: str) -> None:
 
     committed, undone = against_plain(tmp_path, change, placement)
     assert committed > 0 and undone > 0
+
+
+@pytest.mark.parametrize("update", ["immediate", "deferred"])
+@pytest.mark.parametrize("placement", ["device", "nvme"])
+def test_a_weight_on_device_that_is_written_before_the_backward(tmp_path: Path, placement: str, update: str) -> None:
+    model = Shared()
+    _, optimizer = tierflow.offload(model, tiny.config(placement, tmp_path, update=update))
+    x = torch.randn(2, 64, requires_grad=True)
+    for looked_at in (True, False):
+        loss = model(x)
+        with tierflow.gathered(model):
+            model.blocks[3].weight.sum()
+            if not looked_at:
+                with torch.no_grad():
+                    model.blocks[3].weight.mul_(2.0)
+        if looked_at:
+            loss.backward()  # a look changes nothing
+            continue
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    optimizer.close()

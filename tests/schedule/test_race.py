@@ -24,7 +24,7 @@ from tierflow.swap import DebugMemory
 
 LR, DECAY, BETA1, BETA2, EPS = 1e-2, 0.1, 0.9, 0.999, 1e-8
 STEPS = 10
-SHAPES = {"wide": (4, 384), "tiny": (24, 16)}
+SHAPES = {"wide": (4, 384), "tiny": (12, 16)}
 
 
 def fma(a: Any, b: Any, c: Any) -> np.ndarray:

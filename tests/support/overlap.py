@@ -219,6 +219,7 @@ class Run:
             self.log.append(("not finite", error.parameter))
         except Abandoned:
             self.log.append("abandoned")
+        self.events(step, "after_step")
         self.optimizer.zero_grad()
         if self.scheduler is not None:
             self.scheduler.step()
