@@ -18,6 +18,7 @@ from tierflow import aio
 from tierflow.scheduler.bandwidth import Bandwidths, paths_of, probe
 from tierflow.scheduler.binding import Binder, raw
 from tierflow.scheduler.contents import follow_user, read_parameter, store_parameter, write_back
+from tierflow.scheduler.due import DueUpdates
 from tierflow.scheduler.gradients import GradContext, GradSlot, weakly, while_alive
 from tierflow.scheduler.guard import EvictedParameterError, describe
 from tierflow.scheduler.hooks import ModelHooks, in_backward
@@ -74,7 +75,6 @@ class Engine:
         self.on_step: Callable[[], None] = lambda: None  # called after each update
         self.on_close: Callable[[], None] = lambda: None
         self._counters = StepReport()
-        self.failed: str | None = None
         self.closed = False
         self._prefetching = prefetch
         self._warned = False
@@ -83,11 +83,8 @@ class Engine:
         self._where = {id(p): (u, s) for u in units for s, p in zip(u.slots, u.params, strict=True)}
         self._versions: dict[int, int] = {}
         self._generation = dict.fromkeys(range(len(units)), 0)
-        self._update, self._deferred = update, update != "immediate" and self._has_waits(update)
-        self.speculation: Speculation | None = None
-        has_none = self.device.type == "cpu"  # no accelerator
-        stager = Stager(manager, has_none or plan.placement.optimizer is Tier.DEVICE, worker=not has_none)
-        self.updates = UpdateQueue(stager, plan.piece_elements, plan.pieces_in_flight, self._victims_beyond)
+        self._patience = 0 if update == "speculative" else PATIENCE
+        self.due = self._make_updates(update != "immediate" and self._has_waits(update))
         manager.on_evict = lambda chunk: self.binder.unbind(self.units[chunk.unit])
         manager.on_move = lambda chunk, lease: self.binder.follow(self.units[chunk.unit], lease)
         manager.busy_aliases = self._aliased
@@ -102,14 +99,19 @@ class Engine:
 
     def _has_waits(self, update: str) -> bool:
         """Whether deferring hides anything: without an accelerator the kernels' time is the processor's anyway."""
-        homes = self.plan.homes.tiers
-        return update != "auto" or self.device.type != "cpu" or any(
-            homes[u.index, Kind.EXP_AVG] is Tier.NVME for u in self.units if u.trainable
-        )
+        if update != "auto" or self.device.type != "cpu":
+            return update != "auto" or self.plan.placement.optimizer is not Tier.DEVICE
+        return any(self.plan.homes.of(u, Kind.EXP_AVG) is Tier.NVME for u in self.units if u.trainable)
+
+    def _make_updates(self, deferred: bool) -> DueUpdates:
+        plan, has_none = self.plan, self.device.type == "cpu"  # no accelerator
+        stager = Stager(self.manager, has_none or plan.placement.optimizer is Tier.DEVICE, worker=not has_none)
+        queue = UpdateQueue(stager, plan.piece_elements, plan.pieces_in_flight, self._victims_beyond)
+        return DueUpdates(queue, self.recorder, self.binder, self.units, deferred, self._prefetching, self._viewed)
 
     def attach(self) -> None:
         """Binds parameters, gradients and hooks; the homes hold their bytes already."""
-        hooked = bool(self.plan.homes.streamed(self.units)) or self._deferred
+        hooked = bool(self.plan.homes.streamed(self.units)) or self.due.deferred
         if not hooked:
             self._handles += watch_model(self.watch, self.model)
         for unit in self.units:
@@ -121,11 +123,9 @@ class Engine:
             if unit.trainable:
                 self._make_gradients(unit)
         if self.plan.spare:
-            self.speculation = Speculation(
-                self.updates, self.recorder, self.units, self.slots, lambda u: bool(self._pins.get(u.index)) or self._viewed(u),
-                0 if self._update == "speculative" else PATIENCE,
+            self.due.speculation = Speculation(
+                self.updates, self.recorder, self.units, self.slots, self._busy, self.binder.shut, self._patience
             )  # fmt: skip
-            self.speculation.on_attempt = self.binder.shut  # who looks at a weight is to see the old one
         self._note_versions()
         named = ((c.id, f"{u.label} {kind.value}") for u in self.units for kind, c in u.chunks.items())
         self.manager.timeline.names.update(named)
@@ -154,7 +154,7 @@ class Engine:
         """A gradient's memory is about to change, and an update that is due may still need it."""
         unit = self._where[id(slot.param)][0]
         if self.updates.pending(unit):
-            self._finish(unit)
+            self.due.finish(unit)
 
     def _arrived(self, slot: GradSlot) -> None:
         """A gradient was accumulated."""
@@ -163,7 +163,7 @@ class Engine:
         if in_backward():
             if self.hooks is not None:
                 self.hooks.running.watch.in_backward()
-            self._pulse()
+            self.due.pulse()
 
     def keep(self, hook: Any) -> None:
         """Takes over the handle of a hook, to remove it at the close."""
@@ -190,60 +190,39 @@ class Engine:
 
     def _fetch(self, unit: Unit) -> None:
         """Brings the unit with its newest weights on its way to DEVICE."""
-        self._finish(unit)
+        self.due.finish(unit)
         try:
             self.manager.fetch(unit.chunk, self.victims())
         except CapacityError:
             if not self.updates:
                 raise
-            self._progress(self.updates.rest)  # what it holds for units that come later
+            self.due.run(self.updates.rest)  # what it holds for units that come later
             self.manager.fetch(unit.chunk, self.victims())
 
-    def _newer_to_come(self, unit: Unit) -> bool:
-        """Whether what a fetch would bring is not what the unit's next use is to see."""
-        return self.updates.pending(unit) or (self.speculation is not None and self.speculation.holds(unit))
+    @property
+    def updates(self) -> UpdateQueue:
+        """The updates that are due."""
+        return self.due.queue
 
-    def _finish(self, unit: Unit) -> None:
-        if self.speculation is not None and self.speculation.holds(unit):
-            speculation = self.speculation
-            self._progress(lambda: speculation.undo(unit))
-        if self.updates.job(unit) is not None:
-            self._progress(lambda: self.updates.finish(unit))
+    @property
+    def speculation(self) -> Speculation | None:
+        """Updates that run in the backward, where they may."""
+        return self.due.speculation
 
-    def _progress(self, run: Callable[[], None]) -> None:
-        """Runs a part of the updates that are due; after an error there the training state is inconsistent."""
-        before = self.updates.stager.kernel_seconds
-        try:
-            run()
-        except BaseException as error:
-            self.failed = f"{type(error).__name__} in the update: {error}"
-            self.updates.abandon()
-            raise
-        finally:
-            self._counters.kernel_seconds += self.updates.stager.kernel_seconds - before
+    @property
+    def failed(self) -> str | None:
+        """What left the training state inconsistent."""
+        return self.due.failed
 
     def settle(self, units: Iterable[Unit] | None = None) -> None:
         """Runs the updates that are due, of some units or all, until their homes hold them."""
-        if self.speculation is not None:
-            self._progress(self.speculation.undo_all)
-        if units is None and self.updates:
+        if self.updates:
             self.usable()
-            self._progress(self.updates.settle)
-        units = self.units if units is None else list(units)
-        for unit in units:
-            self.settle_unit(unit)
-        self._open_resident(units)
+        self.due.settle(units)
 
-    def settle_unit(self, unit: Unit) -> None:
-        """Runs the unit's update, if one is due, until its home holds it."""
-        if self.updates.job(unit) is not None:
-            self._progress(lambda: self.updates.end(unit))
-
-    def _open_resident(self, units: Iterable[Unit]) -> None:
-        """Weights that live on DEVICE are ordinary again: nothing is due for them."""
-        for unit in units:
-            if self.manager.home(unit.chunk) is Tier.DEVICE:
-                self.binder.open(unit)
+    def refuse(self) -> None:
+        """The step that ``expect_step`` announced does not come: nothing was updated."""
+        self.due.refuse()
 
     def acquire(self, unit: Unit, foreseen: bool = True) -> None:
         """Pins the unit on DEVICE, fetching it if need be, and makes its parameters ordinary ones.
@@ -285,24 +264,8 @@ class Engine:
     def _visit(self, unit: Unit) -> None:
         """Notes the use."""
         self.manager.pump()
-        self._pulse()
+        self.due.pulse()
         self._looks = 0 if self.recorder.visit(unit.index, self._learning()) else self._looks + 1
-
-    def _pulse(self) -> None:
-        """Lets updates go on as far as they can without waiting."""
-        backward = in_backward()
-        if self.speculation is not None and backward:
-            self.speculation.advance()
-        if self.updates:
-            self._progress(self.updates.advance)
-        if backward and self._deferred and self.recorder.learned and not self._speculating():
-            self._progress(lambda: self.updates.foresee(self._in_order_of_use))
-
-    def _speculating(self) -> bool:
-        return self.speculation is not None and self.speculation.active
-
-    def _in_order_of_use(self) -> Iterator[Unit]:
-        return (self.units[i] for i in self.recorder.first_uses)
 
     def prefetch(self) -> None:
         """Starts fetches of what comes next, as far as memory goes without giving up what is needed sooner."""
@@ -315,7 +278,7 @@ class Engine:
                 return
             if self.manager.ledger.valid(chunk, Tier.DEVICE) or self.manager.is_fetching(chunk):
                 continue
-            if self._newer_to_come(self.units[index]):
+            if self.due.newer_to_come(self.units[index]):
                 return  # the queue brings it up, in this order
             if not self.manager.fetch(chunk, self.victims(trace.next_use(index)), hint=True):
                 return
@@ -401,15 +364,15 @@ class Engine:
             self.hooks.reset()
         if any(self._pins.values()):
             raise RuntimeError("optimizer.step() inside `with tierflow.gathered(...)`: leave the block first")
-        self._settle_unused()
+        self.due.settle_unused()
         ready = {id(s.param): s for s in slots}
         self._follow_users()
         jobs = []
         for unit in self.units:
             entries = [(ready[id(p)], rules[id(p)]) if id(p) in ready else None for p in unit.params]
             if any(entries):
-                jobs.append(Job(unit, entries, whole=self._deferred))
-        left = self._resolve(jobs)
+                jobs.append(Job(unit, entries, whole=self.due.deferred))
+        left = self.due.resolve(jobs)
         for job in jobs:
             self._generation[job.unit.index] += 1
             with raw():
@@ -418,45 +381,13 @@ class Engine:
         if self.recorder.step_ended() and self.recorder.departures and not self._warned:
             self._warned = True
             log.warning("the order in which modules run has changed between steps; prefetch follows the new order")
-        self._queue(left)
+        self.due.add(left)
         self._counters.update_seconds += time.perf_counter() - began
         self.last_step = self.manager.timeline.take()
         self.on_step()
 
-    def _settle_unused(self) -> None:
-        """What the last forward did not use is still due from the step before."""
-        for unit in self.updates.units():
-            if self.updates.pending(unit) and not (self.speculation is not None and self.speculation.holds(unit)):
-                self.settle_unit(unit)
-        self.manager.settle()
-
-    def _resolve(self, jobs: list[Job]) -> list[Job]:
-        """What the backward has not done already."""
-        if self.speculation is None:
-            return jobs
-        left: list[Job] = []
-        speculation = self.speculation
-        self._progress(lambda: left.extend(speculation.resolve(jobs)))
-        return left
-
-    def refuse(self) -> None:
-        """The step that the backward counted on does not come: nothing was updated."""
-        if self.speculation is not None:
-            self._progress(self.speculation.undo_all)
-
-    def _queue(self, jobs: list[Job]) -> None:
-        """The updates of this step are due: at once, or each before its unit is used again."""
-        order = {u: i for i, u in enumerate(self.recorder.first_uses)}
-        self.updates.add(sorted(jobs, key=lambda job: order.get(job.unit.index, len(order))))
-        if not self._deferred:
-            self.settle()
-            return
-        seen = [job.unit for job in jobs if self._viewed(job.unit)]  # somebody's view is to show the new weights
-        self.settle(seen)
-        for job in jobs:
-            if not job.ended:
-                self.binder.shut(job.unit)
-        self._progress(self.updates.advance)
+    def _busy(self, unit: Unit) -> bool:
+        return bool(self._pins.get(unit.index)) or self._viewed(unit)
 
     def _viewed(self, unit: Unit) -> bool:
         if not self.manager.ledger.valid(unit.chunk, Tier.DEVICE):
@@ -498,6 +429,7 @@ class Engine:
         self.manager.timeline.take()
         report, self._counters = self._counters, StepReport()
         report.traffic, self.manager.traffic = self.manager.traffic, Traffic()
+        report.kernel_seconds, self.due.kernel_seconds = self.due.kernel_seconds, 0.0
         return report
 
     # ---- whole-parameter access

