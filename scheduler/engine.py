@@ -212,6 +212,7 @@ class Engine:
         """Runs the updates that are due, of some units or all, until their homes hold them."""
         if self.speculation is not None:
             self._progress(self.speculation.undo_all)
+        whole = units is None
         if units is None and self.updates:
             self.usable()
             self._progress(self.updates.settle)
@@ -219,6 +220,9 @@ class Engine:
         for unit in units:
             self.settle_unit(unit)
         self._open_resident(units)
+        if whole:  # what is saved now is to agree with weights that the user has written
+            self._follow_users()
+            self._note_versions()
 
     def settle_unit(self, unit: Unit) -> None:
         """Runs the unit's update, if one is due, until its home holds it."""
