@@ -219,6 +219,9 @@ class Engine:
         if self.updates:
             self.usable()
         self.due.settle(units)
+        if units is None:  # what is saved now is to agree with weights that the user has written
+            self._follow_users()
+            self._note_versions()
 
     def refuse(self) -> None:
         """The step that ``expect_step`` announced does not come: nothing was updated."""

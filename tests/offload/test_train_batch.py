@@ -81,6 +81,7 @@ def train(engine, steps, loss=None) -> tuple[list[float], dict[str, torch.Tensor
         losses.append(engine.train_batch(step, loss).item())
         engine.optimizer.engine.manager.ledger.check()
         assert not [t for t in threading.enumerate() if t.name.startswith("tierflow-micro-batch")]
+    engine.optimizer.engine.settle()
     assert no_pins(engine)
     return losses, tiny.weights(engine.module)
 

@@ -78,6 +78,16 @@ def test_undoing_finds_memory_while_other_pieces_hold_it(tmp_path: Path, seed: i
     overlap.check(case, tmp_path)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "fp16"])
+def test_a_checkpoint_has_the_masters_of_weights_that_were_written(tmp_path: Path, dtype: str) -> None:
+    def case(placement: str) -> Case:
+        kind = {"fp16": True} if dtype == "fp16" else {"dtype": dtype}
+        return Case(placement=placement, update="deferred", steps=3, events=((2, "between", "load_state_dict"), (2, "between", "save")), **kind)
+
+    seen = {placement: Run(case(placement), tmp_path).run() for placement in ("device", *PLACEMENTS)}
+    assert len({run.log[-1] for run in seen.values()}) == 1
+
+
 def test_a_checkpoint_is_loaded_over_weights_that_were_written(tmp_path: Path) -> None:
     for placement in ("device", *PLACEMENTS):  # with the 16 bits that the weights themselves lack
         case = Case(dtype="bfloat16", placement=placement, update="deferred", events=((2, "between", "restore"),), steps=4)
