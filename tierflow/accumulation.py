@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -30,6 +31,9 @@ Order = Literal["layer_major", "micro_batch"]
 HOST_SLACK, DEVICE_SLACK = 2.0, 1.2
 #: Of what is free, the share that waiting activations may take.
 SHARE = 0.8
+#: Without an accelerator taking turns costs the processor time (threads, and caches that the others have emptied: a
+#: quarter of the step was seen). It pays where at least this share of the plain order is waits for fetches.
+WORTH_TURNS = 0.3
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class Learned:
     activations: int
     inputs: int
     drew: bool
+    waited: float  # share of the time that went into waits for fetches
 
 
 class Accumulation:
@@ -107,11 +112,13 @@ class Accumulation:
         hooks, gauge, probe = self._engine.hooks, Gauge(), DrawProbe(self._engine.device)
         assert hooks is not None
         hooks.gauge = gauge
+        began, waited = time.perf_counter(), self._engine.manager.traffic.wait_read
         try:
             results = self._rotation.run(jobs, 1, observer)
         finally:
             hooks.gauge = None
-        self._learned, self._count = Learned(gauge.nbytes, inputs, probe.drew()), len(jobs)
+        share = (self._engine.manager.traffic.wait_read - waited) / (time.perf_counter() - began)
+        self._learned, self._count = Learned(gauge.nbytes, inputs, probe.drew(), share), len(jobs)
         self._choose(self._auto(len(jobs)), len(jobs))
         return results
 
@@ -139,6 +146,9 @@ class Accumulation:
         weights = sum(u.chunk.nbytes for u in self._engine.plan.homes.streamed(self._engine.units))
         if weights <= self._engine.plan.working[Tier.DEVICE]:
             return Choice("micro_batch", 1, "tierflow.device_memory caches all weights between micro-batches")
+        if self._engine.device.type == "cpu" and self._learned.waited < WORTH_TURNS:
+            waited = f"only {self._learned.waited:.0%} of the time are waits for fetches"
+            return Choice("micro_batch", 1, f"{waited}, and turns would cost the processor more")
         if at_once < 2:
             return Choice("micro_batch", 1, f"two at once do not fit: {room}")
         return Choice("layer_major", at_once, f"a fetched unit serves {at_once} of {count}; {room}")

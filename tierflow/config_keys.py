@@ -282,7 +282,7 @@ _TIERFLOW = [
     _honoured("tierflow.accumulation", '"auto", "layer_major" or "micro_batch"', "auto",
               note="the order of micro-batches in `train_batch` and `finetune`: layer_major fetches a unit once for all "
                    "of them, while their activations wait in memory; same bits where nothing draws random numbers; auto "
-                   "takes it where it saves fetches, nothing draws, and the activations fit"),
+                   "takes it where it saves fetches that the step waits for, nothing draws, and the activations fit"),
     _honoured("tierflow.piece_elements", _POSITIVE, "auto", "elements", "of one piece of the update"),
     _honoured("tierflow.trace", 'a path or "auto" (no trace)', "none", "file",
               "Chrome trace (JSON) of optimizer steps 2 to 4, which Perfetto opens"),

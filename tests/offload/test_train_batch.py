@@ -399,6 +399,19 @@ def test_generators_stay_as_they_are_where_nothing_is_drawn(tmp_path) -> None:
         assert torch.equal(before, torch.get_rng_state())
 
 
+@pytest.fixture
+def any_wait_is_worth_turns(monkeypatch) -> None:
+    monkeypatch.setattr("tierflow.accumulation.WORTH_TURNS", -1.0)
+
+
+def test_auto_takes_no_turns_on_a_processor_that_hardly_waits(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("tierflow.accumulation.WORTH_TURNS", 2.0)
+    with engine_for(wide(), tmp_path, order="auto", **SMALL) as engine:
+        engine.train_batch(ways([[list(range(12))] * COUNT])[0], way_loss)
+        assert engine.accumulation.order == "micro_batch" and "waits for fetches" in engine.accumulation.why
+
+
+@pytest.mark.usefixtures("any_wait_is_worth_turns")
 def test_auto_takes_turns_where_that_saves_fetches_and_fits(tmp_path, monkeypatch) -> None:
     def choice(model, steps, loss=None, free=1 << 40, **options):
         monkeypatch.setattr(machine, "mem_available", lambda *_: free)
@@ -418,6 +431,7 @@ def test_auto_takes_turns_where_that_saves_fetches_and_fits(tmp_path, monkeypatc
     assert found.order == "micro_batch" and "random numbers" in found.why
 
 
+@pytest.mark.usefixtures("any_wait_is_worth_turns")
 def test_auto_turns_back_when_dropout_comes_later(tmp_path) -> None:
     model = Drops().eval()
     with engine_for(model, tmp_path, order="auto", device_memory="20KB") as engine:
@@ -429,6 +443,7 @@ def test_auto_turns_back_when_dropout_comes_later(tmp_path) -> None:
         assert engine.accumulation.order == "micro_batch"
 
 
+@pytest.mark.usefixtures("any_wait_is_worth_turns")
 @pytest.mark.parametrize(("free", "at_once"), [(8.0, 4), (3.0, 2), (1.0, 1)])
 def test_groups_as_large_as_fit(free: float, at_once: int, tmp_path, monkeypatch, caplog) -> None:
     """``free`` in what one micro-batch leaves: each that waits is to have twice that in four fifths of what is free."""
@@ -446,6 +461,7 @@ def test_groups_as_large_as_fit(free: float, at_once: int, tmp_path, monkeypatch
     equal(result, plain(other, steps, way_loss))
 
 
+@pytest.mark.usefixtures("any_wait_is_worth_turns")
 def test_larger_inputs_are_learned_before_they_take_turns(tmp_path) -> None:
     model = wide()
     with engine_for(model, tmp_path, order="auto", **SMALL) as engine:
