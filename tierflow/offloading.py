@@ -194,6 +194,8 @@ def make_run(
     for choice, speculative in itertools.product(_candidates(param, optim), slots):
         if Tier.NVME in choice and path is None:
             continue
+        if speculative and cfg.tierflow.update == "auto" and choice[0] is not Tier.NVME:
+            continue  # weights in memory would be kept on NVMe besides: slower than deferring where it was measured
         limit = None if choice[0] is Tier.DEVICE else max(caps.device // 4, 1)
         units = _units(model, cfg, trained, limit)
         dtypes = {u.dtype for u in units if u.trainable}
