@@ -82,59 +82,76 @@ def update_of(unit: str, pieces: int, weights: bool = True, slot: str = "") -> l
     ] * pieces
 
 
+def states_ahead(unit: str, pieces: int) -> list[str]:
+    """States that the backward reads for the update to come."""
+    return [f"read {unit} exp_avg", f"read {unit} exp_avg_sq"] * pieces
+
+
+def rest_of_update(unit: str, pieces: int, weights: bool = True) -> list[str]:
+    """The update of what was read ahead."""
+    return [event for event in update_of(unit, pieces, weights) if not event.startswith("read")]
+
+
 AHEAD = " (second slot)"
 
 #: Three of four layers fit. The forward that comes to layer 3 gives up layer 0, whose next use is the farthest: the backward
 #: ends at layer 1, as the input asks for no gradient. There layer 0 is fetched for the next forward, in place of layer 3.
-#: What the update finds in memory it updates there; layer 3 is brought up when the next forward is done with layer 0.
+#: The staging memory holds the states of two layers: the backward reads those of the first two ahead. What the update
+#: finds in memory it updates there; layer 3 is brought up when the next forward is done with layer 0.
 STACK = {
     "deferred": [
         "read layers.3 param",
         *update_of("layers.3", 2),
         "backward",
+        *states_ahead("layers.0", 2),
+        *states_ahead("layers.1", 2),
         "read layers.0 param",
         "step",
-        *update_of("layers.0", 2),
-        *update_of("layers.1", 2),
+        *rest_of_update("layers.0", 2),
+        *rest_of_update("layers.1", 2),
         *update_of("layers.2", 2),
         "next forward",
         "read layers.3 param",
         *update_of("layers.3", 2),
     ],
-    # layer 1's gradient comes last, when no other unit is to come: what is left is done at the step
+    # each as soon as its gradient is there and its weights have served
     "speculative": [
         "read layers.3 param",
         "backward",
         *update_of("layers.3", 2, slot=AHEAD),
         "read layers.0 param",
         *update_of("layers.2", 2, slot=AHEAD),
+        *update_of("layers.1", 2, slot=AHEAD),
+        *update_of("layers.0", 2, slot=AHEAD),
         "step",
-        *update_of("layers.0", 2),
-        *update_of("layers.1", 2),
         "next forward",
         "read layers.3 param",
     ],
 }
 
-#: Weights stay on DEVICE; in the second slot they are kept as they were. The tied embedding's gradient is final when the
-#: embedding's own has come, and layer 0's when no other unit is to come.
+#: Weights stay on DEVICE; in the second slot they are kept as they were. The staging memory holds all states. The tied
+#: embedding's gradient is final when the embedding's own has come, last of all.
 LLAMA = {
     "deferred": [
         "backward",
+        *states_ahead("model.embed_tokens", 1),
+        *states_ahead("model.layers.0", 2),
+        *states_ahead("model.layers.1", 2),
+        *states_ahead("model.norm", 1),
         "step",
-        *update_of("model.embed_tokens", 1, weights=False),
-        *update_of("model.layers.0", 2, weights=False),
-        *update_of("model.layers.1", 2, weights=False),
-        *update_of("model.norm", 1, weights=False),
+        *rest_of_update("model.embed_tokens", 1, weights=False),
+        *rest_of_update("model.layers.0", 2, weights=False),
+        *rest_of_update("model.layers.1", 2, weights=False),
+        *rest_of_update("model.norm", 1, weights=False),
         "next forward",
     ],
     "speculative": [
         "backward",
         *update_of("model.norm", 1, slot=AHEAD),
         *update_of("model.layers.1", 2, slot=AHEAD),
+        *update_of("model.layers.0", 2, slot=AHEAD),
+        *update_of("model.embed_tokens", 1, slot=AHEAD),
         "step",
-        *update_of("model.embed_tokens", 1, weights=False),
-        *update_of("model.layers.0", 2, weights=False),
         "next forward",
     ],
 }
