@@ -196,6 +196,7 @@ def test_torch_autograd_grad_and_exceptions_leave_no_pins(tmp_path) -> None:
         model(input_ids=ids() + 1000)
     loss_of(model).backward()
     b.step()
+    b.engine.settle()
     assert not any(b.engine.manager.ledger.pins(u.chunk, t) for u in b.engine.units for t in tierflow.swap.Tier)
     b.close()
 
