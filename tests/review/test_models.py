@@ -262,7 +262,7 @@ def test_sparse_gradients_and_transforms_raise(tmp_path) -> None:
     values = {k: v.detach().clone() for k, v in model.named_parameters()}
     x = batch()
     expected = model(x)
-    _, b = tierflow.offload(model, tiny.config("everything", tmp_path))
+    _, b = tierflow.offload(model, tiny.config("everything", tmp_path, **tiny.tight(model)))
     assert torch.equal(torch.func.functional_call(model, values, (x,)), expected)
     with pytest.raises(RuntimeError):
         torch.func.grad(lambda p: torch.func.functional_call(model, p, (x,)).sum())(dict(model.named_parameters()))
