@@ -78,7 +78,7 @@ class DueUpdates:
     def settle(self, units: Iterable[Unit] | None = None) -> None:
         """Runs what is due for some units, or all, until their homes hold it."""
         self.refuse()
-        if units is None and self.queue:
+        if units is None:
             self.run(self.queue.settle)
         units = self._units if units is None else list(units)
         for unit in units:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tierflow.scheduler.placement import Caps, Needs, Placement, working_needs
+from tierflow.scheduler.placement import Caps, Needs, Placement, Together, working_needs
 from tierflow.scheduler.units import Unit
 from tierflow.swap import IO_BYTES, Kind, Tier
 
@@ -49,9 +49,9 @@ class Homes:
 
 
 def choose_homes(
-    units: list[Unit], placement: Placement, caps: Caps, together: list[list[Unit]], order: list[int]
+    units: list[Unit], placement: Placement, caps: Caps, together: Together, order: list[int]
 ) -> Homes:
-    """``together``: sets of units that are pinned at once; ``order``: unit indices in order of use."""
+    """``order``: unit indices in order of use."""
     tiers = {(u.index, kind): placement.home(kind) for u in units for kind in u.chunks}
     first = sorted(units, key=lambda u: order.index(u.index) if u.index in order else len(order))
     homes = Homes(tiers, {})
@@ -60,7 +60,7 @@ def choose_homes(
     return homes
 
 
-def _fill_device(homes: Homes, units: list[Unit], placement: Placement, caps: Caps, together: list[list[Unit]]) -> None:
+def _fill_device(homes: Homes, units: list[Unit], placement: Placement, caps: Caps, together: Together) -> None:
     for unit in homes.streamed(units):
         before = homes.tiers[unit.index, Kind.PARAM]
         homes.tiers[unit.index, Kind.PARAM] = Tier.DEVICE
@@ -68,7 +68,7 @@ def _fill_device(homes: Homes, units: list[Unit], placement: Placement, caps: Ca
             homes.tiers[unit.index, Kind.PARAM] = before
 
 
-def _fill_host(homes: Homes, units: list[Unit], placement: Placement, caps: Caps, together: list[list[Unit]]) -> None:
+def _fill_host(homes: Homes, units: list[Unit], placement: Placement, caps: Caps, together: Together) -> None:
     def room() -> int:
         needs = needs_of(homes, units, placement, together)
         return caps.host - _stay(homes, units, Tier.HOST) - needs.host_good
@@ -90,7 +90,7 @@ def _fill_host(homes: Homes, units: list[Unit], placement: Placement, caps: Caps
         homes.front[cut.index] = max(room(), 0) // per_element // IO_BYTES * IO_BYTES
 
 
-def needs_of(homes: Homes, units: list[Unit], placement: Placement, together: list[list[Unit]]) -> Needs:
+def needs_of(homes: Homes, units: list[Unit], placement: Placement, together: Together) -> Needs:
     """Working memory for what the homes leave to be moved."""
     streamed = homes.streamed(units)
     on_nvme = [u for u in streamed if homes.of(u, Kind.PARAM) is Tier.NVME]

@@ -91,14 +91,30 @@ PIECE_ELEMENTS = 1 << 20
 PIECES = 24
 
 
+@dataclass(frozen=True)
+class Together:
+    """Sets of units that are on DEVICE at the same time.
+
+    ``pinned``: while some module runs. ``blocks``: the units of one whole block, which a non-reentrant checkpoint keeps
+    from the block's recomputation until its backward has used them.
+    """
+
+    pinned: list[list[Unit]]
+    blocks: list[list[Unit]]
+
+
 def working_needs(
-    placement: Placement, together: list[list[Unit]], streamed: list[Unit], from_nvme: list[Unit], staged: list[Unit]
+    placement: Placement, together: Together, streamed: list[Unit], from_nvme: list[Unit], staged: list[Unit]
 ) -> Needs:
-    """``together``: sets of units that are pinned at once while some module runs; ``streamed``: units whose weights
-    come and go; ``from_nvme``: those of them that live on NVMe; ``staged``: units with states on NVMe.
+    """``streamed``: units whose weights come and go; ``from_nvme``: those of them that live on NVMe; ``staged``: units
+    with states on NVMe.
     """
     coming = {u.index: u.chunk.nbytes for u in streamed}
-    least = max((sum(coming.get(u.index, 0) for u in group) for group in together), default=0)
+
+    def most(groups: list[list[Unit]]) -> int:
+        return max((sum(coming.get(u.index, 0) for u in group) for group in groups), default=0)
+
+    least = most(together.pinned)
     ahead = sum(sorted(coming.values())[-BUFFERS:])
     landing = [0] if placement.direct else sorted(u.chunk.nbytes for u in from_nvme)
     per_element = max((_staged_bytes(u) for u in staged), default=0)
@@ -107,7 +123,7 @@ def working_needs(
     pieces = min(PIECES * PIECE_ELEMENTS, len(staged) * largest) * per_element
     return Needs(
         least,
-        min(least + ahead, sum(coming.values())),
+        min(max(least, most(together.blocks)) + ahead, sum(coming.values())),
         host_least,
         max(host_least, sum(landing[-BUFFERS:]) + pieces),
         per_element,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tierflow.scheduler.homes import Homes, choose_homes, needs_of
-from tierflow.scheduler.placement import PIECE_ELEMENTS, PIECES, Caps, DoesNotFit, Placement
+from tierflow.scheduler.placement import PIECE_ELEMENTS, PIECES, Caps, DoesNotFit, Placement, Together
 from tierflow.scheduler.units import Unit
 from tierflow.swap import IO_BYTES, Chunk, Kind, Tier
 
@@ -55,13 +55,12 @@ def second_slots(unit: Unit, homes: Homes) -> list[Chunk]:
 
 
 def make_plan(
-    units: list[Unit], placement: Placement, caps: Caps, together: list[list[Unit]], order: list[int],
+    units: list[Unit], placement: Placement, caps: Caps, together: Together, order: list[int],
     speculative: bool = False,
 ) -> MemoryPlan:  # fmt: skip
     """The plan, or DoesNotFit with the table and the settings that would do; its NVMe traffic is still to be counted.
 
-    ``together``: sets of units that are pinned at once; ``order``: unit indices in order of use; ``speculative``: with
-    second slots.
+    ``order``: unit indices in order of use; ``speculative``: with second slots.
     """
     homes = choose_homes(units, placement, caps, together, order)
     needs = needs_of(homes, units, placement, together)

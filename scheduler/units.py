@@ -86,6 +86,31 @@ def module_units(model: nn.Module, units: list[Unit]) -> dict[nn.Module, list[Un
     return {m: us for m, us in need.items() if any(id(p) in by_param for p in m.parameters())}
 
 
+def units_together(model: nn.Module, units: list[Unit]) -> list[list[Unit]]:
+    """For every module that needs units: those, and what the modules around it hold meanwhile."""
+    needed = module_units(model, units)
+    groups: list[list[Unit]] = []
+
+    def walk(module: nn.Module, above: list[Unit]) -> None:
+        here = list(dict.fromkeys([*above, *needed.get(module, [])]))
+        if module in needed:
+            groups.append(here)
+        for child in module.children():
+            walk(child, here)
+
+    walk(model, [])
+    return groups
+
+
+def units_of_blocks(model: nn.Module, units: list[Unit]) -> list[list[Unit]]:
+    """For every outermost element of an ``nn.ModuleList`` or ``nn.Sequential``: the units that it uses."""
+    by_param = {id(p): u for u in units for p in u.params}
+    lists = [m for m in model.modules() if isinstance(m, (nn.ModuleList, nn.Sequential))]
+    inner = {id(m) for outer in lists for m in outer.modules() if m is not outer}
+    blocks = [block for outer in lists if id(outer) not in inner for block in outer]
+    return [list(dict.fromkeys(by_param[id(p)] for p in b.parameters() if id(p) in by_param)) for b in blocks]
+
+
 def partition(model: nn.Module, max_bytes: int | None = None) -> list[Unit]:
     """Cuts the model into units in module order.
 

@@ -152,12 +152,12 @@ class UpdateQueue:
 
     def settle(self) -> None:
         """Until nothing is due and nothing is under way."""
-        self.forget()
         for job in self._waiting:
             if not job.begun:
                 job.whole = False
         while self._jobs:
             self._step()
+        self.forget()
 
     def abandon(self) -> None:
         """Ends what is under way, after an error: nothing writes to memory that is given back."""

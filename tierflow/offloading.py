@@ -21,10 +21,10 @@ from tierflow.loss_scale import LossScale
 from tierflow.optimizer import DEFAULTS, OffloadOptimizer, check_group, groups_of
 from tierflow.scheduler.engine import Engine, build_manager
 from tierflow.scheduler.homes import STATES
-from tierflow.scheduler.placement import DoesNotFit, Placement, kinds_of
+from tierflow.scheduler.placement import DoesNotFit, Placement, Together, kinds_of
 from tierflow.scheduler.plan import MemoryPlan, make_plan, second_slots, table_text
 from tierflow.scheduler.traffic import default_order, estimate
-from tierflow.scheduler.units import ShardGeometry, Unit, make_chunks, module_units, partition
+from tierflow.scheduler.units import ShardGeometry, Unit, make_chunks, partition, units_of_blocks, units_together
 from tierflow.settings import (
     Settings,
     make_caps,
@@ -252,29 +252,14 @@ def _plan(
     speculative: bool,
 ) -> MemoryPlan:  # fmt: skip
     order = default_order(model, units)
-    plan = make_plan(units, placement, caps, _together(model, units), order, speculative)
+    together = Together(units_together(model, units), units_of_blocks(model, units))
+    plan = make_plan(units, placement, caps, together, order, speculative)
     piece = cfg.tierflow.piece_elements
     if piece is not None:  # whole I/O blocks of every kind, and room for two pieces at once
         most = plan.piece_elements * plan.pieces_in_flight // 2 // IO_BYTES * IO_BYTES
         plan = replace(plan, piece_elements=min(-(-piece // IO_BYTES) * IO_BYTES, most))
     read, written = estimate(units, plan, order, cfg.tierflow.prefetch, cfg.tierflow.update == "immediate")
     return replace(plan, nvme_read=read, nvme_written=written)
-
-
-def _together(model: nn.Module, units: list[Unit]) -> list[list[Unit]]:
-    """For every module that needs units: those, and what the modules around it hold meanwhile."""
-    needed = module_units(model, units)
-    groups: list[list[Unit]] = []
-
-    def walk(module: nn.Module, above: list[Unit]) -> None:
-        here = list(dict.fromkeys([*above, *needed.get(module, [])]))
-        if module in needed:
-            groups.append(here)
-        for child in module.children():
-            walk(child, here)
-
-    walk(model, [])
-    return groups
 
 
 def _build(

@@ -12,6 +12,7 @@ import re
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ import transformers
 from train.measure import Phases, kernel_io, peak_resident, resident
 from train.model import micro_batches
 from train.spec import Spec
+
+#: Steps over which bytes are counted from one settled state to another, none of them timed.
+WHOLE_STEPS = 2
 
 
 def measure(spec: Spec) -> dict[str, Any]:
@@ -39,6 +43,7 @@ def measure(spec: Spec) -> dict[str, Any]:
         steps.append({"seconds": time.perf_counter() - start, **phases.seconds})
     ended, after = time.monotonic(), kernel_io()
     floor = trainer.floor() if hasattr(trainer, "floor") else None
+    counts = trainer.counts()
     result = {
         "steps": steps,
         "floor": floor,
@@ -46,13 +51,29 @@ def measure(spec: Spec) -> dict[str, Any]:
         "window": [began, ended],  # on the clock that all processes share
         "kernel_read": (after[0] - before[0]) / spec.steps,
         "kernel_written": (after[1] - before[1]) / spec.steps,
-        "engine": {name: value / spec.steps for name, value in trainer.counts().items()},
+        "engine": {name: value / spec.steps for name, value in counts.items()},
         "imported_bytes": imported,
         "peak_bytes": peak_resident(),
         "facts": facts() | trainer.facts(),
     }
+    if hasattr(trainer, "settle"):
+        _count_whole_updates(trainer, batches, result)
     trainer.close()
     return result
+
+
+def _count_whole_updates(trainer: Any, batches: Iterator[list[torch.Tensor]], result: dict[str, Any]) -> None:
+    """Bytes of steps whose updates begin and end within the window, as those of timed steps need not."""
+    trainer.settle()
+    trainer.counts()
+    before = kernel_io()
+    for _ in range(WHOLE_STEPS):
+        trainer.step(next(batches), Phases())
+    trainer.settle()
+    for name, was, now in zip(("kernel_read", "kernel_written"), before, kernel_io(), strict=True):
+        result[name] = (now - was) / WHOLE_STEPS
+    counts = trainer.counts()
+    result["engine"] |= {name: counts[name] / WHOLE_STEPS for name in ("nvme_read", "nvme_written")}
 
 
 def facts() -> dict[str, Any]:

@@ -42,6 +42,10 @@ class Trainer:
         self.lanes.append(self.optimizer.engine.last_step)
         return loss
 
+    def settle(self) -> None:
+        """Until no update is due or under way."""
+        self.optimizer.engine.settle()
+
     def counts(self) -> dict[str, float]:
         """The engine's own seconds and bytes since the last call."""
         self.lanes.clear()

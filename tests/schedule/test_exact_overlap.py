@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import overlap
+import pytest
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from overlap import STEPS, Case
@@ -15,8 +16,9 @@ PLACEMENTS = ["everything", "everything", "nvme", "param_host_states_nvme", "par
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
-    loop = draw(st.sampled_from(["owned", "owned", "batch", "plain"]))
+def cases(draw: st.DrawFn, speculative: bool = False) -> Case:
+    """``speculative``: such as update in the backward."""
+    loop = draw(st.sampled_from(["owned", "batch"] if speculative else ["owned", "owned", "batch", "plain"]))
     fp16 = draw(st.sampled_from([False, False, False, True]))
     accumulation = draw(st.sampled_from([1, 1, 2, 3]))
     schedule = draw(st.booleans())
@@ -26,8 +28,8 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(
         model=draw(st.sampled_from(["stack", "stack", "tower", "llama", "frozen_llama", "untied"])),
         dtype=draw(st.sampled_from(["float32", "float32", "bfloat16"])) if not fp16 else "float32",
-        placement=draw(st.sampled_from(PLACEMENTS)),
-        update=draw(st.sampled_from(["speculative", "speculative", "deferred", "immediate", "auto"])),
+        placement=draw(st.sampled_from(["everything", "nvme"] if speculative else PLACEMENTS)),
+        update=draw(st.sampled_from(["speculative"] if speculative else ["speculative", "deferred", "immediate", "auto"])),
         loop=loop, accumulation=accumulation,
         order=draw(st.sampled_from(["micro_batch", "layer_major"])) if loop == "batch" else "micro_batch",
         clip=draw(st.sampled_from([0.0, 0.0, 1e6, 1.0, 1e-3])),
@@ -41,11 +43,12 @@ def cases(draw: st.DrawFn) -> Case:
     )  # fmt: skip
 
 
-def test_any_schedule_equals_the_plain_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("speculative", [False, True])
+def test_any_schedule_equals_the_plain_one(tmp_path: Path, speculative: bool) -> None:
     committed, undone = [], []
 
-    @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
-    @given(case=cases())
+    @settings(max_examples=EXAMPLES // 2, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @given(case=cases(speculative))
     def run(case: Case) -> None:
         note(repr(case))
         seen = overlap.check(case, tmp_path)
@@ -53,5 +56,6 @@ def test_any_schedule_equals_the_plain_one(tmp_path: Path) -> None:
         undone.append(seen.undone)
 
     run()
-    assert sum(n > 0 for n in committed) >= EXAMPLES // 10, "hardly any update in the backward counted"
-    assert sum(n > 0 for n in undone) >= EXAMPLES // 20, "hardly any update in the backward was undone"
+    if speculative:
+        assert sum(n > 0 for n in committed) >= EXAMPLES // 20, "hardly any update in the backward counted"
+        assert sum(n > 0 for n in undone) >= EXAMPLES // 20, "hardly any update in the backward was undone"
