@@ -30,7 +30,7 @@ from tierflow.scheduler.rules import Rule
 from tierflow.scheduler.scaling import Scaling
 from tierflow.scheduler.speculation import PATIENCE, Speculation
 from tierflow.scheduler.stager import Stager
-from tierflow.scheduler.trace import Recorder
+from tierflow.scheduler.trace import NEVER, Recorder
 from tierflow.scheduler.traffic import default_order
 from tierflow.scheduler.units import Slot, Unit
 from tierflow.scheduler.update import UpdateQueue
@@ -106,7 +106,9 @@ class Engine:
     def _make_updates(self, deferred: bool) -> DueUpdates:
         plan, has_none = self.plan, self.device.type == "cpu"  # no accelerator
         stager = Stager(self.manager, has_none or plan.placement.optimizer is Tier.DEVICE, worker=not has_none)
-        queue = UpdateQueue(stager, plan.piece_elements, plan.pieces_in_flight, self._victims_beyond)
+        queue = UpdateQueue(
+            stager, plan.piece_elements, plan.pieces_in_flight, self._victims_beyond, self._in_turn, plan.landing(self.units)
+        )
         return DueUpdates(queue, self.recorder, self.binder, self.units, deferred, self._prefetching, self._viewed)
 
     def attach(self) -> None:
@@ -187,6 +189,15 @@ class Engine:
     def _victims_beyond(self, unit: Unit | None) -> Callable[[Tier], Iterable[Chunk]]:
         trace = self.recorder.current(self._learning())
         return self.victims() if unit is None else self.victims(trace.next_use(unit.index))
+
+    def _in_turn(self, unit: Unit) -> bool:
+        """Whether all weights that are used sooner than the unit's are on DEVICE, or on their way."""
+        trace, manager = self.recorder.current(self._learning()), self.manager
+        until = trace.next_use(unit.index)
+        sooner = [self.units[i].chunk for i in trace.upcoming(until - 1)] if until != NEVER else []
+        return all(
+            manager.home(c) is Tier.DEVICE or manager.ledger.valid(c, Tier.DEVICE) or manager.is_fetching(c) for c in sooner
+        )
 
     def _fetch(self, unit: Unit) -> None:
         """Brings the unit with its newest weights on its way to DEVICE."""

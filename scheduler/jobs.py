@@ -28,6 +28,7 @@ class Job:
     whole: bool = False  # the weights are wanted soon: brought up whole, and updated where they then are
     tier: Tier | None = None  # where the weights are updated; None: staged in pieces like the states
     begun: bool = False
+    read_ahead: bool = False  # its states, before it has begun
     held: bool = False  # the weights' copy is pinned, or will be as soon as it is there
     cut: list[tuple[int, int]] = field(default_factory=list)  # spans of elements, a piece each
     todo: list[tuple[int, int]] = field(default_factory=list)  # those that no piece was made of yet

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tierflow.scheduler.homes import Homes, choose_homes, needs_of
-from tierflow.scheduler.placement import PIECE_ELEMENTS, PIECES, Caps, DoesNotFit, Placement, Together
+from tierflow.scheduler.placement import BUFFERS, PIECE_ELEMENTS, PIECES, Caps, DoesNotFit, Placement, Together
 from tierflow.scheduler.units import Unit
 from tierflow.swap import IO_BYTES, Chunk, Kind, Tier
 
@@ -41,6 +41,11 @@ class MemoryPlan:
         """All that tierflow takes of the tier: the arena's, or the store's, exact size."""
         spare = self.spare if tier is Tier.NVME else 0
         return self.resident_bytes(tier) + self.working.get(tier, 0) + spare
+
+    def landing(self, units: list[Unit]) -> int:
+        """Bytes of HOST through which weights come up from NVMe: nothing where they are read into DEVICE itself."""
+        on_nvme = [u.chunk.nbytes for u in units if self.homes.of(u, Kind.PARAM) is Tier.NVME]
+        return 0 if self.placement.direct else sum(sorted(on_nvme)[-BUFFERS:])
 
     @property
     def steps_to_tbw(self) -> float:

@@ -12,6 +12,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from tierflow.scheduler.jobs import Job, Piece, foreseen, spans
 from tierflow.scheduler.stager import Stager
@@ -27,11 +28,18 @@ VictimsBeyond = Callable[[Unit | None], Victims]
 class UpdateQueue:
     """Jobs in order, with at most ``depth`` pieces of ``piece_elements`` in flight.
 
+    ``in_turn``: whether all weights that are used sooner than the unit's have come to DEVICE. ``landing``: bytes of HOST
+    that are left to weights on their way up.
+
     After an exception the training state is inconsistent: ``abandon`` then ends what is under way.
     """
 
-    def __init__(self, stager: Stager, piece_elements: int, depth: int, victims: VictimsBeyond):
+    def __init__(
+        self, stager: Stager, piece_elements: int, depth: int, victims: VictimsBeyond,
+        in_turn: Callable[[Unit], bool], landing: int,
+    ):  # fmt: skip
         self.stager, self.piece_elements, self.depth = stager, piece_elements, depth
+        self._in_turn, self._landing = in_turn, landing
         self._manager, self._victims = stager.manager, victims
         self._waiting: deque[Job] = deque()  # some piece was not begun
         self._jobs: dict[int, Job] = {}  # not ended, by unit
@@ -82,14 +90,29 @@ class UpdateQueue:
             self._looked_ahead = True
             for unit in units():
                 tier = self._tier_of_use(unit)
-                if tier is not None and self.stager.streams(unit) and not self._read_ahead(foreseen(unit, tier)):
+                if tier is not None and self.stager.streams(unit) and not self._read_ahead(foreseen(unit, tier), every=True):
                     return
 
-    def _read_ahead(self, job: Job) -> bool:
-        for begin, end in self._cut(job, every=True):
+    def _look_ahead(self) -> None:
+        """Reads states of jobs whose weights have no room yet, so that the drive goes on meanwhile."""
+        for job in self._waiting:
+            tier = self._tier_of_use(job.unit) if job.whole and not (job.begun or job.read_ahead) else None
+            if tier is None or job.speculative:
+                continue
+            if self._in_flight() + len(self._foreseen) >= self.depth:
+                return
+            if self.stager.streams(job.unit) and not self._read_ahead(replace(job, tier=tier), every=False):
+                return
+            job.read_ahead = True
+
+    def _read_ahead(self, job: Job, every: bool) -> bool:
+        room = self._manager.pools[Tier.HOST].working
+        for begin, end in self._cut(job, every):
             piece, key = Piece(job, begin, end), (job.unit.index, begin, end)
             if key in self._foreseen:
                 continue
+            if self._landing and room.free < self.stager.needs(piece) + self._landing:
+                return False
             try:
                 self.stager.read(piece, _nothing, wait=False)
             except CapacityError:
@@ -100,6 +123,8 @@ class UpdateQueue:
     def forget(self, unit: Unit | None = None) -> bool:
         """Gives back what was read ahead (for one unit), once nothing writes there any more; False if nothing was."""
         keys = [key for key in self._foreseen if unit is None or key[0] == unit.index]
+        for job in self._waiting:
+            job.read_ahead = job.read_ahead and unit not in (None, job.unit)
         for key in keys:
             piece = self._foreseen.pop(key)
             self.forgotten += sum(piece.tensors[kind].nbytes for kind in piece.staged)
@@ -118,6 +143,8 @@ class UpdateQueue:
         progress = True
         while progress:
             progress = self._retire() or self._compute() or self._begin(must=False)
+        if not self._resting:
+            self._look_ahead()
 
     def finish(self, unit: Unit) -> None:
         """Until the unit's weights are those of the last step, and a fetch may read its home."""
@@ -229,7 +256,7 @@ class UpdateQueue:
 
     def _begin(self, must: bool) -> bool:
         """Starts the next piece's reads; False if there is none, or no room for it yet."""
-        if not self._waiting or len(self._reading) + len(self._computing) + len(self._writing) >= self.depth:
+        if not self._waiting or self._in_flight() >= self.depth:
             return False
         job = self._waiting[0]
         if not job.begun and (self._resting or not self._begin_job(job, must)):
@@ -254,12 +281,17 @@ class UpdateQueue:
             self._waiting.popleft()
         return True
 
+    def _in_flight(self) -> int:
+        return len(self._reading) + len(self._computing) + len(self._writing)
+
     def _begin_job(self, job: Job, must: bool) -> bool:
         manager, chunk = self._manager, job.unit.chunk
         home = manager.home(chunk)
-        job.tier = self.stager.in_place(chunk)
-        if job.tier is None and job.whole:
-            job.tier = self._tier_of_use(job.unit)
+        there = self.stager.in_place(chunk)
+        job.tier = there if there or not job.whole else self._tier_of_use(job.unit)
+        if job.tier is Tier.DEVICE and not (there or must or self._in_turn(job.unit)):
+            job.tier = None
+            return False
         if job.tier is not None and home is Tier.NVME:
             victims = self._victims(None if must else job.unit)
             try:

@@ -132,14 +132,14 @@ def test_everything_on_nvme_equals_the_plan(tmp_path: Path, dtype: torch.dtype, 
     read, written = measure(model, optimizer, stack_loss)
     states, weight = FORMATS[dtype]
     assert written == plan.nvme_written == (states + weight) * layers * PADDED
-    assert abs(read - plan.nvme_read) <= 0.03 * plan.nvme_read
+    assert abs(read - plan.nvme_read) <= 0.02 * plan.nvme_read
     # the table's figure: the weight for the forward and the backward, and the states; less what the caps still hold
     table = (states + 2 * weight) * layers * PADDED
     assert table * 0.85 < read <= table
     optimizer.close()
 
 
-@pytest.mark.parametrize("host_layers", [3, 6, 20])
+@pytest.mark.parametrize("host_layers", [3, 6, 15, 20])
 @pytest.mark.parametrize("device_layers", [2, 5])
 def test_what_the_caps_can_cache_is_in_the_plan_too(tmp_path: Path, device_layers: int, host_layers: int) -> None:
     """Nearly: the plan does not know of holes between leases, nor of copies that an update under way holds."""
@@ -150,7 +150,7 @@ def test_what_the_caps_can_cache_is_in_the_plan_too(tmp_path: Path, device_layer
     plan = optimizer.engine.plan
     read, written = measure(model, optimizer, stack_loss)
     assert written == plan.nvme_written
-    assert abs(read - plan.nvme_read) <= 0.1 * plan.nvme_read, (read, plan.nvme_read)
+    assert abs(read - plan.nvme_read) <= 0.05 * plan.nvme_read, (read, plan.nvme_read)
     optimizer.close()
 
 

@@ -83,7 +83,7 @@ def update_of(unit: str, pieces: int, weights: bool = True, slot: str = "") -> l
 
 
 def states_ahead(unit: str, pieces: int) -> list[str]:
-    """States that the backward reads for the update to come."""
+    """States that are read before their weights come: in the backward, for the update of the step to come, too."""
     return [f"read {unit} exp_avg", f"read {unit} exp_avg_sq"] * pieces
 
 
@@ -97,11 +97,12 @@ AHEAD = " (second slot)"
 #: Three of four layers fit. The forward that comes to layer 3 gives up layer 0, whose next use is the farthest: the backward
 #: ends at layer 1, as the input asks for no gradient. There layer 0 is fetched for the next forward, in place of layer 3.
 #: The staging memory holds the states of two layers: the backward reads those of the first two ahead. What the update
-#: finds in memory it updates there; layer 3 is brought up when the next forward is done with layer 0.
+#: finds in memory it updates there; layer 3, whose states are read while its weights have no room, is brought up when the
+#: next forward is done with layer 0.
 STACK = {
     "deferred": [
         "read layers.3 param",
-        *update_of("layers.3", 2),
+        *rest_of_update("layers.3", 2),
         "backward",
         *states_ahead("layers.0", 2),
         *states_ahead("layers.1", 2),
@@ -110,9 +111,10 @@ STACK = {
         *rest_of_update("layers.0", 2),
         *rest_of_update("layers.1", 2),
         *update_of("layers.2", 2),
+        *states_ahead("layers.3", 2),
         "next forward",
         "read layers.3 param",
-        *update_of("layers.3", 2),
+        *rest_of_update("layers.3", 2),
     ],
     # each as soon as its gradient is there and its weights have served
     "speculative": [
