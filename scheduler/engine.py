@@ -23,7 +23,7 @@ from tierflow.scheduler.gradients import GradContext, GradSlot, weakly, while_al
 from tierflow.scheduler.guard import EvictedParameterError, describe
 from tierflow.scheduler.hooks import ModelHooks, in_backward
 from tierflow.scheduler.jobs import Job
-from tierflow.scheduler.placement import AHEAD
+from tierflow.scheduler.lookahead import LookAhead
 from tierflow.scheduler.plan import MemoryPlan
 from tierflow.scheduler.report import Report, make_report
 from tierflow.scheduler.rules import Rule
@@ -68,6 +68,7 @@ class Engine:
         self.model, self.units, self.plan, self.manager = model, units, plan, manager
         self.device = manager.pools[Tier.DEVICE].resident.arena.device
         self.recorder = Recorder(default_order(model, units))
+        self.look_ahead = LookAhead(units, plan)
         self.binder = Binder(units, self.device, self)
         self.bandwidths: Bandwidths | None = None
         self.io_options: dict[str, Any] = {}
@@ -286,9 +287,9 @@ class Engine:
         if not self._prefetching or self._looks % LOOK_EVERY:
             return
         trace = self.recorder.current(self._learning())
-        for index in trace.upcoming(2 * AHEAD):
+        for index in self.look_ahead.due(trace):
             chunk = self.units[index].chunk
-            if self.manager.fetching() >= AHEAD:
+            if self.look_ahead.enough(trace, self.manager.fetching(), self.manager.fetching_bytes()):
                 return
             if self.manager.ledger.valid(chunk, Tier.DEVICE) or self.manager.is_fetching(chunk):
                 continue
@@ -398,6 +399,7 @@ class Engine:
         self.due.add(left)
         self._counters.update_seconds += time.perf_counter() - began
         self.last_step = self.manager.timeline.take()
+        self.look_ahead.learn(self.recorder.trace, self.last_step)
         self.on_step()
 
     def _busy(self, unit: Unit) -> bool:

@@ -266,6 +266,10 @@ class Manager:
         """Fetches under way."""
         return len(self._fetches)
 
+    def fetching_bytes(self) -> int:
+        """Their bytes."""
+        return sum(fetch.chunk.nbytes for fetch in self._fetches.values())
+
     def is_fetching(self, chunk: Chunk) -> bool:
         """Whether the chunk is on its way to DEVICE."""
         return chunk.id in self._fetches

@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import get_ident
 from typing import NamedTuple, Protocol
 
@@ -83,7 +83,8 @@ class Lanes:
 
     ``busy``: seconds with at least one span of the lane; COMPUTE without what its thread waited, copied or spent in
     kernels meanwhile. ``nbytes``: of spans that ended. ``waiting``: seconds that a thread waited for the lane.
-    ``waited``: seconds of any waiting. ``noted``: seconds in which some thread was in a span or waited.
+    ``waited``: seconds of any waiting. ``noted``: seconds in which some thread was in a span or waited. ``computed``: seconds
+    of COMPUTE spans by name.
     """
 
     seconds: float
@@ -92,6 +93,7 @@ class Lanes:
     waiting: dict[Lane, float]
     waited: float
     noted: float
+    computed: dict[str, float] = field(default_factory=dict)
 
     def __add__(self, other: Lanes) -> Lanes:
         return Lanes(
@@ -101,6 +103,7 @@ class Lanes:
             {lane: self.waiting[lane] + other.waiting[lane] for lane in Lane},
             self.waited + other.waited,
             self.noted + other.noted,
+            {n: self.computed.get(n, 0.0) + other.computed.get(n, 0.0) for n in self.computed | other.computed},
         )
 
     def __truediv__(self, count: int) -> Lanes:
@@ -111,6 +114,7 @@ class Lanes:
             {lane: s / count for lane, s in self.waiting.items()},
             self.waited / count,
             self.noted / count,
+            {name: s / count for name, s in self.computed.items()},
         )
 
 
@@ -212,11 +216,13 @@ def _sums(ended: list[Span], open_spans: list[Span], window: Interval) -> Lanes:
     nbytes = dict.fromkeys(Lane, 0)
     occupied: dict[int, list[Interval]] = {}
     computed: dict[int, list[Interval]] = {}
+    by_name: dict[str, float] = {}
     for s in (*ended, *open_spans):
         interval = max(s.begin, window[0]), min(s.end, window[1])
         nbytes[s.lane] += s.nbytes
         if s.lane is Lane.COMPUTE and not s.wait:
             computed.setdefault(s.thread, []).append(interval)
+            by_name[s.name] = by_name.get(s.name, 0.0) + max(interval[1] - interval[0], 0.0)
             continue
         if s.lane is not Lane.COMPUTE:  # who waits for the processor waits while it works
             (waited if s.wait else worked)[s.lane].append(interval)
@@ -229,7 +235,7 @@ def _sums(ended: list[Span], open_spans: list[Span], window: Interval) -> Lanes:
     every = length(union([i for intervals in waited.values() for i in intervals]))
     by_threads = [*occupied.items(), *computed.items()]
     noted = length(union([i for thread, intervals in by_threads if thread for i in intervals]))
-    return Lanes(window[1] - window[0], busy, nbytes, waiting, every, noted)
+    return Lanes(window[1] - window[0], busy, nbytes, waiting, every, noted, by_name)
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:
