@@ -36,7 +36,7 @@ class UpdateQueue:
 
     def __init__(
         self, stager: Stager, piece_elements: int, depth: int, victims: VictimsBeyond,
-        in_turn: Callable[[Unit], bool], landing: int,
+        in_turn: Callable[[Unit], bool] = lambda unit: True, landing: int = 0,
     ):  # fmt: skip
         self.stager, self.piece_elements, self.depth = stager, piece_elements, depth
         self._in_turn, self._landing = in_turn, landing
