@@ -28,6 +28,7 @@ from tierflow.scheduler.plan import MemoryPlan
 from tierflow.scheduler.report import Report, make_report
 from tierflow.scheduler.rules import Rule
 from tierflow.scheduler.scaling import Scaling
+from tierflow.scheduler.schedule import schedule_text
 from tierflow.scheduler.speculation import PATIENCE, Speculation
 from tierflow.scheduler.stager import Stager
 from tierflow.scheduler.trace import NEVER, Recorder
@@ -439,6 +440,10 @@ class Engine:
             self.bandwidths = probe(paths_of(self.units, placement, self.device, path, self.io_options))
         trained = sum(u.chunk.numel for u in self.units if u.trainable)
         return make_report(lanes, self.plan, self.bandwidths, trained, steps)
+
+    def schedule(self) -> str:
+        """The schedule of a step, as text: what is used in which order, when it comes up and goes, what is updated."""
+        return schedule_text(self.units, self.plan, self.recorder.trace.order, self._prefetching, self.look_ahead)
 
     def take_report(self) -> StepReport:
         """The counters since the last call, and fresh ones. The timeline begins anew."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 from torch import nn
 
 from tierflow.scheduler.placement import AHEAD
@@ -19,7 +21,7 @@ def estimate(
     ``immediate``: the update runs at the step, and reads the weights that no copy is left of for itself.
     """
     streamed = {u.index: u for u in units if plan.homes.of(u, Kind.PARAM) is Tier.NVME}
-    left, fetched = _Cache(plan.working[Tier.DEVICE], units, plan).passes(Trace(order), prefetch)
+    left, fetched = Cache(plan.working[Tier.DEVICE], units, plan).passes(Trace(order), prefetch)
     read = sum(streamed[i].chunk.nbytes for i in fetched if i in streamed)
     written = 0
     for unit in units:
@@ -34,7 +36,16 @@ def estimate(
     return read, written
 
 
-class _Cache:
+@dataclass
+class Use:
+    """One use of a unit, and the units whose weights start to come, or go, there."""
+
+    unit: int
+    fetched: list[int] = field(default_factory=list)
+    dropped: list[int] = field(default_factory=list)
+
+
+class Cache:
     """DEVICE's working pool: which units it holds, and what it would give up, as ``Engine.victims`` has it."""
 
     def __init__(self, capacity: int, units: list[Unit], plan: MemoryPlan):
@@ -43,25 +54,31 @@ class _Cache:
 
     def passes(self, trace: Trace, prefetch: bool) -> tuple[set[int], list[int]]:
         """What is held after, and what was fetched in, a step that starts from what the one before left."""
-        fetched: list[int] = []
+        uses = self.uses(trace, prefetch)
+        return self.held, [unit for use in uses for unit in use.fetched]
+
+    def uses(self, trace: Trace, prefetch: bool) -> list[Use]:
+        """What comes and goes at each use of a step that starts from what the one before left."""
+        found: list[Use] = []
         for _ in range(3):
-            fetched = []
+            found = []
             trace.rewind()
             for unit in trace.order:
                 trace.visit(unit)
+                found.append(Use(unit))
                 if unit not in self._sizes:
                     continue
-                self._bring(unit, {unit}, trace, fetched)
+                self._bring(unit, {unit}, trace, found[-1])
                 for soon in self._ahead(trace) if prefetch else []:
-                    if not self._bring(soon, {unit}, trace, fetched, trace.next_use(soon)):
+                    if not self._bring(soon, {unit}, trace, found[-1], trace.next_use(soon)):
                         break
-        return self.held, fetched
+        return found
 
     def _ahead(self, trace: Trace) -> list[int]:
         coming = [u for u in dict.fromkeys(trace.upcoming(2 * AHEAD)) if u in self._sizes and u not in self.held]
         return coming[:AHEAD]
 
-    def _bring(self, unit: int, keep: set[int], trace: Trace, fetched: list[int], beyond: int = -1) -> bool:
+    def _bring(self, unit: int, keep: set[int], trace: Trace, use: Use, beyond: int = -1) -> bool:
         if unit in self.held:
             return True
         used = sum(self._sizes[u] for u in self.held)
@@ -69,11 +86,12 @@ class _Cache:
             if used + self._sizes[unit] <= self.capacity or trace.next_use(victim) <= beyond:
                 break
             self.held.discard(victim)
+            use.dropped.append(victim)
             used -= self._sizes[victim]
         if used + self._sizes[unit] > self.capacity:
             return False
         self.held.add(unit)
-        fetched.append(unit)
+        use.fetched.append(unit)
         return True
 
 
