@@ -62,8 +62,11 @@ std::size_t size_of(Dtype dtype) { return dtype == kF32 ? 4 : 2; }
 
 }  // namespace
 
-void launch_step(const Kernels& k, Format format, Dtype grad, const StepArgs& args, std::size_t n, int threads) {
-  const StepFn step = k.step[format][grad][args.coupled || args.lerp_from_end];
+StepFn step_function(const Kernels& k, Rule rule, Master master, Moments moments, Dtype grad, bool general) {
+  return k.step[rule][master][moments][grad][general];
+}
+
+void launch_step(StepFn step, const StepArgs& args, std::size_t n, int threads) {
   for_ranges(n, threads, [&](std::size_t begin, std::size_t end) { step(args, begin, end); });
 }
 

@@ -5,7 +5,9 @@
 
 namespace cpu_adam {
 
-void launch_step(const Kernels& k, Format format, Dtype grad, const StepArgs& args, std::size_t n, int threads);
+// Null where the combination is not offered.
+StepFn step_function(const Kernels& k, Rule rule, Master master, Moments moments, Dtype grad, bool general);
+void launch_step(StepFn step, const StepArgs& args, std::size_t n, int threads);
 double launch_intake(const Kernels& k, void* dst, Dtype dst_dtype, const void* src, Dtype src_dtype, bool accumulate,
                      std::size_t n, int threads);
 double launch_stats(const Kernels& k, const void* src, Dtype dtype, std::size_t n, int threads);

@@ -2,6 +2,7 @@
 
 struct V {
   using F = float;
+  using I = std::uint32_t;
   static constexpr int N = 1;
 
   static std::uint32_t bits(F x) {
@@ -67,6 +68,46 @@ struct V {
     const std::uint32_t u = is_nan(bits(x)) ? 0x7fc00000u : bits(x);
     *p = std::uint16_t((u + 0x8000u) >> 16);
     *r = std::int16_t(std::uint16_t(u));
+  }
+
+  // Rounded down to 24 bits after up to 255 were added; the low half's upper byte is the correction.
+  static I split24(std::uint16_t* p, F x, I chance) {
+    const std::uint32_t u = (is_nan(bits(x)) ? 0x7fc00000u : bits(x)) + chance;
+    *p = std::uint16_t(((u & 0xffffff00u) + 0x8000u) >> 16);
+    return (u >> 8) & 0xffu;
+  }
+  static F join24(const std::uint16_t* p, const std::uint8_t* c) {
+    return from_bits((std::uint32_t(*p) << 16) + (std::uint32_t(std::int32_t(std::int8_t(*c))) << 8));
+  }
+  // To bf16: what is cut off and `chance`, 16 bits, decide the rounding.
+  static void store_bf16_chance(std::uint16_t* p, F x, I chance) {
+    *p = std::uint16_t(((is_nan(bits(x)) ? 0x7fc00000u : bits(x)) + chance) >> 16);
+  }
+  // `step` with x's sign; x itself where it is zero or NaN.
+  static F toward(F step, F x) {
+    return x > 0.0f || x < 0.0f ? from_bits((bits(x) & 0x80000000u) | bits(step)) : x;
+  }
+
+  static I iset(std::uint32_t x) { return x; }
+  static I as_i(F x) { return bits(x); }
+  static F as_f(I x) { return from_bits(x); }
+  static I iadd(I a, I b) { return a + b; }
+  static I isub(I a, I b) { return a - b; }
+  static I imul(I a, I b) { return a * b; }
+  static I iand(I a, I b) { return a & b; }
+  static I ior(I a, I b) { return a | b; }
+  static I ixor(I a, I b) { return a ^ b; }
+  static I imin(I a, I b) { return a < b ? a : b; }
+  static I imax(I a, I b) { return a > b ? a : b; }
+  template <int K>
+  static I shl(I a) { return a << K; }
+  template <int K>
+  static I shr(I a) { return a >> K; }
+  static I lane_steps() { return 0; }  // i * 0x9e3779b9 in lane i
+  static std::uint32_t largest(I a) { return a; }
+  static I load_bytes(const std::uint8_t* p) { return *p; }
+  static void store_bytes(std::uint8_t* p, const I (&x)[4]) {  // four vectors, stopping at 255
+    for (int k = 0; k < 4; ++k) p[k] = std::uint8_t(x[k] < 255u ? x[k] : 255u);
   }
 
   struct Sum {
