@@ -206,7 +206,7 @@ BAD = {
     "grad must be a dense": ({"grad": torch.zeros(8).to_sparse()}, ValueError),
     "is not a format": ({"master": torch.zeros(8)}, TypeError),
     "no master and moments of torch.float32 is not a format": ({"param": torch.zeros(8, dtype=torch.bfloat16)}, TypeError),
-    "fp16 takes": (
+    "fp16 an fp32 master": (
         {"param": torch.zeros(8, dtype=torch.float16), "master": torch.zeros(8, dtype=torch.int16)},
         TypeError,
     ),
