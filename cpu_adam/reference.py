@@ -19,6 +19,7 @@ from .reference_codes import (
     decode_signed,
     encode_root,
     encode_signed,
+    fma,
     join24,
     noise,
     split24,
@@ -26,24 +27,6 @@ from .reference_codes import (
 )
 
 _NAN = 0x7FC00000
-
-
-def fma(a: Tensor | float, b: Tensor, c: Tensor) -> Tensor:
-    """`a * b + c`, rounded once to fp32.
-
-    The product of two fp32 values is exact in float64. Their sum with a third may not be; it is rounded to
-    odd there, so that rounding it again to fp32 gives what one rounding would have.
-    """
-    factor = a.double() if isinstance(a, Tensor) else torch.tensor(a, dtype=torch.float32).double()
-    product, addend = factor * b.double(), c.double()
-    total = product + addend
-    other = total - product
-    error = (product - (total - other)) + (addend - other)
-    inexact = total.isfinite() & error.isfinite() & (error != 0)
-    bits = total.view(torch.int64)
-    toward = torch.where((error > 0) == (total > 0), 1, -1)
-    bits = torch.where(inexact & (bits & 1 == 0), bits + toward, bits)
-    return bits.view(torch.float64).float()
 
 
 def sqrt(x: Tensor) -> Tensor:
@@ -160,15 +143,15 @@ def _step(
         values[name] = kept.float() if scales is None else decode(kept, scales[:, k])
     update(weight, **values)
     for k, (name, kept) in enumerate(moments.items()):
-        chance = random & 0xFFFF if name == "exp_avg" else random >> 16
+        first = name == "exp_avg"
         if scales is not None:
-            codes = (
-                encode_signed(values[name], chance >> 8) if name == "exp_avg" else encode_root(sqrt(values[name]), chance)
-            )
-            kept.copy_(codes[0])
-            scales[:, k] = codes[1]
+            encoded = encode_signed(values[name], random & 0x3FFFF) if first else encode_root(sqrt(values[name]), random >> 14)
+            kept.copy_(encoded[0])
+            scales[:, k] = encoded[1]
+        elif kept.dtype == torch.bfloat16:
+            kept.copy_(to_bf16(values[name], random & 0xFFFF if first else random >> 16))
         else:
-            kept.copy_(values[name] if kept.dtype == torch.float32 else to_bf16(values[name], chance))
+            kept.copy_(values[name])
     if master is None:
         return
     if master.dtype == torch.int16:

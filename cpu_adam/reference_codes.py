@@ -9,6 +9,24 @@ GROUP = 64
 _NAN = 0x7FC00000
 
 
+def fma(a: Tensor | float, b: Tensor, c: Tensor) -> Tensor:
+    """`a * b + c`, rounded once to fp32.
+
+    The product of two fp32 values is exact in float64. Their sum with a third may not be; it is rounded to
+    odd there, so that rounding it again to fp32 gives what one rounding would have.
+    """
+    factor = a.double() if isinstance(a, Tensor) else torch.tensor(a, dtype=torch.float32).double()
+    product, addend = factor * b.double(), c.double()
+    total = product + addend
+    other = total - product
+    error = (product - (total - other)) + (addend - other)
+    inexact = total.isfinite() & error.isfinite() & (error != 0)
+    bits = total.view(torch.int64)
+    toward = torch.where((error > 0) == (total > 0), 1, -1)
+    bits = torch.where(inexact & (bits & 1 == 0), bits + toward, bits)
+    return bits.view(torch.float64).float()
+
+
 def _signed(x: int) -> int:
     """The int64 with these 64 bits."""
     x &= 2**64 - 1
@@ -78,6 +96,10 @@ def decode_root(codes: Tensor, scale: Tensor) -> Tensor:
     return root * root
 
 
+#: y of a group's largest element: a little below that of the last code, which chance then cannot pass.
+_TOP_SIGNED, _TOP_ROOT = 14.7499, 250.998
+
+
 def _scales(x: Tensor, top: float) -> tuple[Tensor, Tensor]:
     """Each group's scale, and by what its elements are multiplied before they are encoded."""
     rows = torch.nn.functional.pad(x.abs(), (0, -x.numel() % GROUP)).view(-1, GROUP)
@@ -92,28 +114,28 @@ def _scales(x: Tensor, top: float) -> tuple[Tensor, Tensor]:
 
 def _codes(magnitude: Tensor, inverse: Tensor, chance: Tensor) -> Tensor:
     """Codes without their upper limit. ``chance`` is a fraction of one, in float64."""
-    z = ((magnitude * _spread(inverse, magnitude.numel())) + 1).double()
+    z = fma(magnitude, _spread(inverse, magnitude.numel()), torch.ones_like(magnitude)).double()
     octave = z.log2().floor()
     # log2 may round up to a whole number
     octave = torch.where(2.0**octave > z, octave - 1, octave)
     return (((z / 2.0**octave) - 1 + octave) * 32 + chance).floor()
 
 
-def _encode(x: Tensor, chance: Tensor, codes: int, lowest: int) -> tuple[Tensor, Tensor, Tensor]:
+def _encode(x: Tensor, chance: Tensor, codes: int, lowest: int, top: float) -> tuple[Tensor, Tensor, Tensor]:
     """The codes, each element's right to one, and the scales."""
-    scale, inverse = _scales(x, _magnitudes(codes, x.device)[-1].item())
+    scale, inverse = _scales(x, top)
     used = _spread(inverse, x.numel()) != 0
     found = _codes(torch.where(used, x.abs(), 0.0), inverse, chance).clamp(lowest, codes - 1)
     return torch.where(used, found, 0.0).to(torch.uint8), used, scale
 
 
 def encode_signed(x: Tensor, chance: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and scales of an exp_avg; ``chance`` is 8 random bits."""
-    codes, used, scale = _encode(x, chance.double() / 2**8, 128, 0)
+    """Codes and scales of an exp_avg; ``chance`` is 18 random bits."""
+    codes, used, scale = _encode(x, chance.double() / 2**18, 128, 0, _TOP_SIGNED)
     return codes | ((x.view(torch.int32) < 0) & used).to(torch.uint8) * 0x80, scale
 
 
 def encode_root(root: Tensor, chance: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and scales of the square root of an exp_avg_sq; ``chance`` is 16 random bits."""
-    codes, _, scale = _encode(root, chance.double() / 2**16, 256, 1)
+    """Codes and scales of the square root of an exp_avg_sq; ``chance`` is 18 random bits."""
+    codes, _, scale = _encode(root, chance.double() / 2**18, 256, 1, _TOP_ROOT)
     return codes, scale

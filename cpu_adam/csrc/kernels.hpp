@@ -87,5 +87,10 @@ namespace isa_avx512 {
 extern const Kernels kKernels;
 }
 #endif
+#ifdef CPU_ADAM_NEON
+namespace isa_neon {
+extern const Kernels kKernels;
+}
+#endif
 
 }  // namespace cpu_adam

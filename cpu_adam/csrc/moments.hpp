@@ -2,11 +2,12 @@
 //
 // [Note: noise] What is rounded by chance takes its chance from (seed, step, index of the element) alone: never from
 // threads, pieces or the width of a vector. A group's key is splitmix64 of those, its upper half; element i of the
-// group mixes key + i * 0x9e3779b9 into 32 bits. Of these the low 8 round the weight, the next 8 an 8-bit exp_avg, the
-// upper 16 exp_avg_sq; of bf16 moments the low 16 round exp_avg.
+// group mixes key + i * 0x9e3779b9 into 32 bits. Of these the low 8 round the weight; for bf16 moments the low 16 round
+// exp_avg and the upper 16 exp_avg_sq, for 8-bit ones the low and the upper 18 do. Where two of them share bits these are
+// the most significant of one alone.
 //
 // [Note: codes] An 8-bit moment is logarithmic far from zero and linear near it. With y the magnitude over the group's
-// scale, the bits of y + 1 beyond those of 1.0, shortened to kBits of mantissa, are the code: integer work alone, zero
+// scale, the bits of y + 1 beyond those of 1.0, shortened to kCodeBits of mantissa, are the code: integer work alone, zero
 // stays zero, and rounding by chance in the bits is unbiased in y. exp_avg keeps its sign in the top bit; exp_avg_sq
 // keeps its square root, and no code 0: a root that is lost beside its group's largest one is taken for the smallest
 // there is, so that such an element moves too little rather than far too much. The largest of the group has the top
@@ -44,40 +45,46 @@ inline V::I noise(std::uint32_t key, std::uint32_t first) {
   return V::ixor(x, V::template shr<16>(x));
 }
 
+constexpr int kCodeBits = 5;             // of mantissa
+constexpr int kCut = 23 - kCodeBits;     // bits that are cut off
+constexpr int kCodeOfZero = kOneBits >> kCut;
+
+inline V::F magnitude(V::F x) { return V::as_f(V::iand(V::as_i(x), V::iset(0x7fffffffu))); }
+
+// The code plus kCodeOfZero; `chance` is kCut random bits.
+inline V::I encode(V::F magnitude, V::F inverse, V::I chance) {
+  return V::template shr<kCut>(V::iadd(V::as_i(V::fma(magnitude, inverse, V::set1(1.0f))), chance));
+}
+
+// kTop, y of a group's largest, stays so far below the last code's that neither rounding nor chance can pass it.
 struct ExpAvgCode {
-  static constexpr int kBits = 5;         // of mantissa
-  static constexpr float kTop = 14.75f;   // y of the code 127
-  static V::F decode(V::I code, V::F scale) {
-    const V::I z = V::iand(V::template shl<23 - kBits>(code), V::iset(0x7fu << (23 - kBits)));
-    const V::F y = V::sub(V::as_f(V::iadd(z, V::iset(kOneBits))), V::set1(1.0f));
-    const V::I sign = V::iand(V::template shl<24>(code), V::iset(0x80000000u));
-    return V::as_f(V::ixor(V::as_i(V::mul(y, scale)), sign));
+  static constexpr float kTop = 14.7499f;  // the code 127 is 14.75
+  static V::F decode(const std::uint8_t* code, V::F scale) {
+    const V::I bits = V::template shl<kCut>(V::load_signed_bytes(code));
+    const V::I z = V::iadd(V::iand(bits, V::iset(0x7fu << kCut)), V::iset(kOneBits));
+    // z - 1 is exact, so this rounds once, as (z - 1) * scale does.
+    const V::F m = V::fms(V::as_f(z), scale, scale);
+    return V::as_f(V::ixor(V::as_i(m), V::iand(bits, V::iset(0x80000000u))));
   }
-  static V::I magnitude(V::F m) { return V::iand(V::as_i(m), V::iset(0x7fffffffu)); }
-  static V::I encode(V::F m, V::F inverse, V::I random) {
-    const V::F y = V::mul(V::as_f(magnitude(m)), inverse);
-    const V::I z = V::isub(V::as_i(V::add(y, V::set1(1.0f))), V::iset(kOneBits));
-    const V::I code = V::imin(V::template shr<23 - kBits>(V::iadd(z, chance(random))), V::iset(127));
-    return V::ior(code, V::iand(V::template shr<24>(V::as_i(m)), V::iset(0x80)));
+  static void store(std::uint8_t* to, const V::F* m, const V::I* random, V::F inverse) {
+    V::I code[4];
+    for (int k = 0; k < 4; ++k)
+      code[k] = encode(magnitude(m[k]), inverse, V::iand(random[k], V::iset((1u << kCut) - 1)));
+    V::template store_signed_bytes<kCodeOfZero>(to, code, m);
   }
-  // Bits 8 to 15 as the highest of the bits that are cut off.
-  static V::I chance(V::I random) { return V::template shl<23 - kBits - 16>(V::iand(random, V::iset(0xff00u))); }
 };
 
 struct ExpAvgSqCode {
-  static constexpr int kBits = 5;
-  static constexpr float kTop = 251.0f;  // y of the code 255
-  static V::F decode(V::I code, V::F scale) {
-    const V::F z = V::as_f(V::iadd(V::template shl<23 - kBits>(code), V::iset(kOneBits)));
-    const V::F root = V::mul(V::sub(z, V::set1(1.0f)), scale);
+  static constexpr float kTop = 250.998f;  // the code 255 is 251
+  static V::F decode(const std::uint8_t* code, V::F scale) {
+    const V::I z = V::iadd(V::template shl<kCut>(V::load_bytes(code)), V::iset(kOneBits));
+    const V::F root = V::fms(V::as_f(z), scale, scale);
     return V::mul(root, root);
   }
-  // May exceed 255, at which storing it stops.
-  static V::I encode(V::F root, V::F inverse, V::I random) {
-    const V::F y = V::mul(root, inverse);
-    const V::I z = V::isub(V::as_i(V::add(y, V::set1(1.0f))), V::iset(kOneBits));
-    const V::I chance = V::template shl<23 - kBits - 16>(V::template shr<16>(random));
-    return V::imax(V::template shr<23 - kBits>(V::iadd(z, chance)), V::iset(1));
+  static void store(std::uint8_t* to, const V::F* root, const V::I* random, V::F inverse) {
+    V::I code[4];
+    for (int k = 0; k < 4; ++k) code[k] = encode(root[k], inverse, V::template shr<32 - kCut>(random[k]));
+    V::template store_bytes<kCodeOfZero, 1>(to, code);
   }
 };
 

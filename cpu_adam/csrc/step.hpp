@@ -86,18 +86,45 @@ struct Step {
   static V::F load_moment(const float* p) { return V::load_f32(p); }
   static V::F load_moment(const std::uint16_t* p) { return V::load_bf16(p); }
 
+  // Four vectors of weights.
+  static void store_weights(At at, const V::F (&w)[4], const V::I* random) {
+    if constexpr (MASTER == kLossless || MASTER == kMaster24) {
+      V::I high[4], low[4];
+      for (int k = 0; k < 4; ++k) {
+        low[k] = V::rounding_bits(w[k]);
+        if (MASTER == kMaster24) low[k] = V::iadd(low[k], V::iand(random[k], V::iset(0xffu)));
+        high[k] = V::template shr<16>(V::iadd(low[k], V::iset(0x8000u)));
+        if (MASTER == kMaster24) low[k] = V::iand(V::template shr<8>(low[k]), V::iset(0xffu));
+        else low[k] = V::iand(low[k], V::iset(0xffffu));
+      }
+      V::store_halves(at.param, high);
+      if constexpr (MASTER == kMaster24) V::template store_bytes<0, 0>(at.master, low);
+      else V::store_halves(reinterpret_cast<std::uint16_t*>(at.master), low);
+    } else {
+      for (std::size_t k = 0; k < 4; ++k) L::store((at + k * V::N).param, (at + k * V::N).master, w[k]);
+    }
+  }
+
   // bf16 moments: a group.
   void group16(At at, std::uint32_t key) const {
-    for (std::size_t k = 0; k < kGroup; k += V::N) {
-      const At here = at + k;
-      const V::I random = noise(key, std::uint32_t(k));
-      const V::F g = gradient(here.grad);
-      V::F w = L::load(here.param, here.master);
-      V::F m = kM ? load_moment(here.m) : V::set1(0.0f), v = kV ? load_moment(here.v) : V::set1(0.0f);
-      rule.update(g, w, m, v);
-      if constexpr (kM) V::store_bf16_chance(here.m, m, V::iand(random, V::iset(0xffffu)));
-      if constexpr (kV) V::store_bf16_chance(here.v, v, V::template shr<16>(random));
-      L::store(here.param, here.master, w);
+    for (std::size_t q = 0; q < kGroup; q += 4 * V::N) {
+      V::I random[4], m_bits[4], v_bits[4];
+      V::F w[4];
+#pragma GCC unroll 4
+      for (std::size_t k = 0; k < 4; ++k) {
+        const At here = at + (q + k * V::N);
+        random[k] = noise(key, std::uint32_t(q + k * V::N));
+        const V::F g = gradient(here.grad);
+        w[k] = L::load(here.param, here.master);
+        V::F m = kM ? load_moment(here.m) : V::set1(0.0f), v = kV ? load_moment(here.v) : V::set1(0.0f);
+        rule.update(g, w[k], m, v);
+        const V::I low = V::iand(random[k], V::iset(0xffffu)), high = V::template shr<16>(random[k]);
+        if constexpr (kM) m_bits[k] = V::template shr<16>(V::iadd(V::rounding_bits(m), low));
+        if constexpr (kV) v_bits[k] = V::template shr<16>(V::iadd(V::rounding_bits(v), high));
+      }
+      if constexpr (kM) V::store_halves(at.m + q, m_bits);
+      if constexpr (kV) V::store_halves(at.v + q, v_bits);
+      store_weights(at + q, w, random);
     }
   }
 
@@ -110,50 +137,41 @@ struct Step {
     V::I largest_m = V::iset(0), largest_root = V::iset(0);
     const V::F scale_m = V::set1(kM ? at.scale[0] : 0.0f), scale_v = V::set1(kV ? at.scale[kScales - 1] : 0.0f);
     for (int q = 0; q < kVectors; q += 4) {
-      V::I correction[4];
+      V::F w[4];
 #pragma GCC unroll 4
       for (int k = q; k < q + 4; ++k) {
         const At here = at + std::size_t(k) * V::N;
         random[k] = noise(key, std::uint32_t(k * V::N));
         const V::F g = gradient(here.grad);
-        V::F w = L::load(here.param, here.master);
+        w[k - q] = L::load(here.param, here.master);
         V::F v = V::set1(0.0f);
         m[k] = v;
-        if constexpr (kM) m[k] = ExpAvgCode::decode(V::load_bytes(here.m), scale_m);
-        if constexpr (kV) v = ExpAvgSqCode::decode(V::load_bytes(here.v), scale_v);
-        rule.update(g, w, m[k], v);
-        if constexpr (kM) largest_m = V::imax(largest_m, ExpAvgCode::magnitude(m[k]));
+        if constexpr (kM) m[k] = ExpAvgCode::decode(here.m, scale_m);
+        if constexpr (kV) v = ExpAvgSqCode::decode(here.v, scale_v);
+        rule.update(g, w[k - q], m[k], v);
+        if constexpr (kM) largest_m = V::imax(largest_m, V::as_i(magnitude(m[k])));
         if constexpr (kV) {
           root[k] = V::sqrt(v);
-          largest_root = V::imax(largest_root, ExpAvgCode::magnitude(root[k]));
-        }
-        if constexpr (MASTER == kMaster24) {
-          correction[k - q] = V::split24(here.param, w, V::iand(random[k], V::iset(0xffu)));
-        } else {
-          L::store(here.param, here.master, w);
+          // As it is: a NaN is the largest with either sign, and nothing else has one.
+          largest_root = V::imax(largest_root, V::as_i(root[k]));
         }
       }
-      if constexpr (MASTER == kMaster24) V::store_bytes(at.master + q * V::N, correction);
+      store_weights(at + std::size_t(q) * V::N, w, random + q);
     }
-    if constexpr (kM) at.scale[0] = encode<ExpAvgCode>(at.m, m, random, V::largest(largest_m));
-    if constexpr (kV) at.scale[kScales - 1] = encode<ExpAvgSqCode>(at.v, root, random, V::largest(largest_root));
+    if constexpr (kM) at.scale[0] = encode_group<ExpAvgCode>(at.m, m, random, V::largest(largest_m));
+    if constexpr (kV) at.scale[kScales - 1] = encode_group<ExpAvgSqCode>(at.v, root, random, V::largest(largest_root));
   }
 
   // Writes a group's codes and returns its scale.
   template <class CODE>
-  static float encode(M* to, const V::F* values, const V::I* random, std::uint32_t largest) {
+  static float encode_group(M* to, const V::F* values, const V::I* random, std::uint32_t largest) {
     const GroupScale group(largest, CODE::kTop);
     if (group.inverse == 0.0f) {
       __builtin_memset(to, 0, kGroup);
       return group.scale;
     }
     const V::F inverse = V::set1(group.inverse);
-    for (std::size_t k = 0; k < kGroup / V::N; k += 4) {
-      V::I code[4];
-#pragma GCC unroll 4
-      for (std::size_t j = 0; j < 4; ++j) code[j] = CODE::encode(values[k + j], inverse, random[k + j]);
-      V::store_bytes(to + k * V::N, code);
-    }
+    for (std::size_t k = 0; k < kGroup / V::N; k += 4) CODE::store(to + k * V::N, values + k, random + k, inverse);
     return group.scale;
   }
 

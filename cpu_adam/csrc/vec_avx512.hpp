@@ -12,6 +12,7 @@ struct V {
   static F div(F a, F b) { return _mm512_div_ps(a, b); }
   static F sqrt(F a) { return _mm512_sqrt_ps(a); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F fms(F a, F b, F c) { return _mm512_fmsub_ps(a, b, c); }
   static F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }
 
   static F load_f32(const float* p) { return _mm512_loadu_ps(p); }
@@ -54,18 +55,10 @@ struct V {
     store16(r, _mm512_cvtepi32_epi16(u));
   }
 
-  static I split24(std::uint16_t* p, F x, I chance) {
-    const I u = iadd(quiet(x, 0x7fc00000), chance);
-    const I kept = iand(u, iset(0xffffff00u));
-    store16(p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(iadd(kept, iset(0x8000u)), 16)));
-    return iand(shr<8>(u), iset(0xffu));
-  }
+  static I rounding_bits(F x) { return quiet(x, 0x7fc00000); }
   static F join24(const std::uint16_t* p, const std::uint8_t* c) {
     const I low = _mm512_slli_epi32(_mm512_cvtepi8_epi32(load8(c)), 8);
     return as_f(iadd(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load16(p)), 16), low));
-  }
-  static void store_bf16_chance(std::uint16_t* p, F x, I chance) {
-    store16(p, _mm512_cvtepi32_epi16(shr<16>(iadd(quiet(x, 0x7fc00000), chance))));
   }
   static F toward(F step, F x) {
     const F sign = _mm512_and_ps(x, _mm512_set1_ps(-0.0f));
@@ -92,11 +85,34 @@ struct V {
     return imul(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), iset(0x9e3779b9u));
   }
   static std::uint32_t largest(I a) { return _mm512_reduce_max_epu32(a); }
+  static I load_signed_bytes(const std::uint8_t* p) { return _mm512_cvtepi8_epi32(load8(p)); }
   static I load_bytes(const std::uint8_t* p) { return _mm512_cvtepu8_epi32(load8(p)); }
+  static void store_halves(std::uint16_t* p, const I (&x)[4]) {
+    const I order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi64(order, _mm512_packus_epi32(x[0], x[1])));
+    _mm512_storeu_si512(p + 32, _mm512_permutexvar_epi64(order, _mm512_packus_epi32(x[2], x[3])));
+  }
+  template <int BASE>
+  static I pack_bytes(const I (&x)[4]) {  // packing works on quarters of a vector: in_order() puts them right
+    const I base = _mm512_set1_epi16(BASE);
+    return _mm512_packus_epi16(_mm512_sub_epi16(_mm512_packus_epi32(x[0], x[1]), base),
+                               _mm512_sub_epi16(_mm512_packus_epi32(x[2], x[3]), base));
+  }
+  static I in_order(I x) {
+    return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), x);
+  }
+  template <int BASE, int LEAST>
   static void store_bytes(std::uint8_t* p, const I (&x)[4]) {
-    const I mixed = _mm512_packus_epi16(_mm512_packs_epi32(x[0], x[1]), _mm512_packs_epi32(x[2], x[3]));
-    const I order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, mixed));
+    I bytes = pack_bytes<BASE>(x);
+    if (LEAST > 0) bytes = _mm512_max_epu8(bytes, _mm512_set1_epi8(LEAST));
+    _mm512_storeu_si512(p, in_order(bytes));
+  }
+  template <int BASE>
+  static void store_signed_bytes(std::uint8_t* p, const I (&x)[4], const F* sign) {
+    // Saturation makes of a float's bits the largest or the smallest integer, as its sign says.
+    const I signs = _mm512_packs_epi16(_mm512_packs_epi32(as_i(sign[0]), as_i(sign[1])),
+                                       _mm512_packs_epi32(as_i(sign[2]), as_i(sign[3])));
+    _mm512_storeu_si512(p, in_order(ior(pack_bytes<BASE>(x), iand(signs, iset(0x80808080u)))));
   }
 
   struct Sum {

@@ -24,6 +24,7 @@ struct V {
   static F div(F a, F b) { return a / b; }
   static F sqrt(F a) { return __builtin_sqrtf(a); }
   static F fma(F a, F b, F c) { return __builtin_fmaf(a, b, c); }    // a * b + c
+  static F fms(F a, F b, F c) { return __builtin_fmaf(a, b, -c); }   // a * b - c
   static F fnma(F a, F b, F c) { return __builtin_fmaf(-a, b, c); }  // c - a * b
 
   static F load_f32(const float* p) { return *p; }
@@ -70,18 +71,10 @@ struct V {
     *r = std::int16_t(std::uint16_t(u));
   }
 
-  // Rounded down to 24 bits after up to 255 were added; the low half's upper byte is the correction.
-  static I split24(std::uint16_t* p, F x, I chance) {
-    const std::uint32_t u = (is_nan(bits(x)) ? 0x7fc00000u : bits(x)) + chance;
-    *p = std::uint16_t(((u & 0xffffff00u) + 0x8000u) >> 16);
-    return (u >> 8) & 0xffu;
-  }
+  // The bits of x; of a NaN, those of the one quiet NaN.
+  static I rounding_bits(F x) { return is_nan(bits(x)) ? 0x7fc00000u : bits(x); }
   static F join24(const std::uint16_t* p, const std::uint8_t* c) {
     return from_bits((std::uint32_t(*p) << 16) + (std::uint32_t(std::int32_t(std::int8_t(*c))) << 8));
-  }
-  // To bf16: what is cut off and `chance`, 16 bits, decide the rounding.
-  static void store_bf16_chance(std::uint16_t* p, F x, I chance) {
-    *p = std::uint16_t(((is_nan(bits(x)) ? 0x7fc00000u : bits(x)) + chance) >> 16);
   }
   // `step` with x's sign; x itself where it is zero or NaN.
   static F toward(F step, F x) {
@@ -105,9 +98,19 @@ struct V {
   static I shr(I a) { return a >> K; }
   static I lane_steps() { return 0; }  // i * 0x9e3779b9 in lane i
   static std::uint32_t largest(I a) { return a; }
+  static I load_signed_bytes(const std::uint8_t* p) { return std::uint32_t(std::int32_t(std::int8_t(*p))); }
   static I load_bytes(const std::uint8_t* p) { return *p; }
-  static void store_bytes(std::uint8_t* p, const I (&x)[4]) {  // four vectors, stopping at 255
-    for (int k = 0; k < 4; ++k) p[k] = std::uint8_t(x[k] < 255u ? x[k] : 255u);
+  // Four vectors at a time: halves below 2^16; bytes of x - BASE, from LEAST to 255, with the signs of `sign` on top.
+  static void store_halves(std::uint16_t* p, const I (&x)[4]) {
+    for (int k = 0; k < 4; ++k) p[k] = std::uint16_t(x[k]);
+  }
+  template <int BASE, int LEAST>
+  static void store_bytes(std::uint8_t* p, const I (&x)[4]) {
+    for (int k = 0; k < 4; ++k) p[k] = std::uint8_t(imax(x[k] - BASE, LEAST));
+  }
+  template <int BASE>
+  static void store_signed_bytes(std::uint8_t* p, const I (&x)[4], const F* sign) {
+    for (int k = 0; k < 4; ++k) p[k] = std::uint8_t((x[k] - BASE) | (bits(sign[k]) >> 31) << 7);
   }
 
   struct Sum {
