@@ -48,8 +48,7 @@ def noise(seed: int, step: int, index: int, n: int, device: torch.device | str =
     group = element // GROUP
     x = (_splitmix(key + group * _signed(0x9E3779B97F4A7C15)) >> 32) & 0xFFFFFFFF
     x = (x + (element % GROUP) * 0x9E3779B9) & 0xFFFFFFFF
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
     return x ^ (x >> 16)
 
 

@@ -37,10 +37,9 @@ inline std::uint32_t group_key(std::uint64_t key, std::uint64_t group) {
   return std::uint32_t((z ^ (z >> 31)) >> 32);
 }
 
-// For the lanes that begin with element `first` of the group.
+// For the lanes that begin with element `first` of the group. One round of mixing does: the key is mixed well already.
 inline V::I noise(std::uint32_t key, std::uint32_t first) {
   V::I x = V::iadd(V::lane_steps(), V::iset(key + first * 0x9e3779b9u));
-  x = V::imul(V::ixor(x, V::template shr<16>(x)), V::iset(0x7feb352du));
   x = V::imul(V::ixor(x, V::template shr<15>(x)), V::iset(0x846ca68bu));
   return V::ixor(x, V::template shr<16>(x));
 }
