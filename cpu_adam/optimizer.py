@@ -218,8 +218,8 @@ class CPULion(CPUOptimizer):
         state_format: str = "auto",
         seed: int = 0,
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
-        defaults |= {"state_format": state_format, "seed": seed, **_UNUSED}
+        defaults = {**_UNUSED, "lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
+        defaults |= {"state_format": state_format, "seed": seed}
         _check_options(defaults)
         super().__init__(params, defaults)
 
