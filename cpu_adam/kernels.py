@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from functools import cache
 from itertools import pairwise
@@ -41,7 +42,8 @@ _MASTER_DTYPES = (torch.int16, torch.int8, torch.float32)
 _MOMENT_DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
 
 _ISAS = tuple(_cpu_adam.isas())
-_default_threads = max(1, _cpu_adam.hardware_threads())
+# The processors that this process may use, which may be fewer than there are.
+_default_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class GradStats(NamedTuple):
@@ -87,6 +89,26 @@ def _check_threads(n: int | None) -> int:
     if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= 4096:
         raise ValueError(f"threads must be an integer from 1 to 4096, got {n!r}")
     return n
+
+
+#: Below this many elements a step is too short for threads to matter.
+_WORTH_A_WARNING = 1 << 20
+_warned = False
+
+
+def _threads_for_step(n: int | None, elements: int) -> int:
+    """Of a step; says once if a long one uses less than the machine has, unless the caller chose the number."""
+    global _warned
+    present = os.cpu_count() or 1
+    if n is None and not _warned and elements >= _WORTH_A_WARNING and _default_threads < present:
+        _warned = True
+        warnings.warn(
+            f"the optimizer step runs on {_default_threads} of this machine's {present} processors: this process is "
+            "limited to them (taskset, a container), or set_threads() was called",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+    return _check_threads(n)
 
 
 def _check(name: str, t: Tensor, n: int | None, dtypes: Iterable[torch.dtype]) -> int:
@@ -214,7 +236,7 @@ def rule_step(
     _cpu_adam.step(
         n, rule.code, layout, moment_code, _FLOATS[grad.dtype], p_ptr, x_ptr, g_ptr, pointers["exp_avg"],
         pointers["exp_avg_sq"], s_ptr, constants, general, unscale, -clip if maximize else clip,
-        seed & 0xFFFFFFFFFFFFFFFF, hyper.step, index // GROUP, _isa_index(isa), _check_threads(threads),
+        seed & 0xFFFFFFFFFFFFFFFF, hyper.step, index // GROUP, _isa_index(isa), _threads_for_step(threads, n),
     )  # fmt: skip
 
 

@@ -3,12 +3,12 @@
 #include <pybind11/stl.h>
 
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
 #include "dispatch.hpp"
 #include "launch.hpp"
+#include "topology.hpp"
 
 namespace py = pybind11;
 using namespace cpu_adam;
@@ -132,7 +132,8 @@ PYBIND11_MODULE(_cpu_adam, m) {
   m.attr("ADAGRAD") = static_cast<int>(kAdagrad);
   m.attr("GROUP") = static_cast<int>(kGroup);
   m.def("isas", &isas);
-  m.def("hardware_threads", [] { return std::thread::hardware_concurrency(); });
+  m.def("numa_nodes", [](const std::string& folder) { return numa_nodes(folder.empty() ? node_folder() : folder); },
+        py::arg("folder"));
   m.def("step", &step, py::arg("n"), py::arg("rule"), py::arg("master_layout"), py::arg("moments"),
         py::arg("grad_dtype"), py::arg("param"), py::arg("master"), py::arg("grad"), py::arg("exp_avg"),
         py::arg("exp_avg_sq"), py::arg("scale"), py::arg("constants"), py::arg("general"), py::arg("unscale"),

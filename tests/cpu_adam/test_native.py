@@ -23,7 +23,7 @@ HASH = "70d5962399b8c61e"
 def build(compiler, machine, folder, link=()):
     define, isas = BUILDS[machine]
     objects = []
-    jobs = {name: [] for name in ("dispatch", "launch", "pool", "isa_scalar")} | {f"isa_{k}": v for k, v in isas.items()}
+    jobs = {name: [] for name in ("dispatch", "launch", "pool", "topology", "isa_scalar")} | {f"isa_{k}": v for k, v in isas.items()}
     sources = {name: (CSRC / f"{name}.cpp", flags) for name, flags in jobs.items()}
     sources["driver"] = (HERE / "native" / "driver.cpp", [])
     for name, (source, flags) in sources.items():
