@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from math import lcm, prod
 
 import torch
@@ -129,6 +130,12 @@ class StateFormat:
 #: Parameters of fewer elements keep exact states.
 SMALL = 4096
 
+@cache
+def kernel_codes(param: torch.dtype, master: torch.dtype | None, moments: torch.dtype) -> tuple[int, int]:
+    """`StateFormat.codes` of what these dtypes make; raises TypeError where they make no format."""
+    return StateFormat("", param, master, moments).codes
+
+
 _EXACT_MASTER = {torch.float32: None, torch.bfloat16: torch.int16, torch.float16: torch.float32}
 _WHOLE_MASTER = {torch.float32: None, torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
@@ -136,6 +143,7 @@ _WHOLE_MASTER = {torch.float32: None, torch.bfloat16: torch.float32, torch.float
 FORMATS = ("auto", "fp32", "lossless", "bf16", "int8", "int8-24bit")
 
 
+@cache
 def resolve(name: str, param: torch.dtype) -> StateFormat:
     """The format called ``name`` for parameters of dtype ``param``.
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import _cpu_adam
-from .formats import GROUP, StateFormat
+from .formats import GROUP, kernel_codes
 from .rules import ADAM, Hyper, Rule
 
 __all__ = [
@@ -93,17 +93,17 @@ def _check_threads(n: int | None) -> int:
 
 #: Below this many elements a step is too short for threads to matter.
 _WORTH_A_WARNING = 1 << 20
+_PRESENT = os.cpu_count() or 1
 _warned = False
 
 
 def _threads_for_step(n: int | None, elements: int) -> int:
     """Of a step; says once if a long one uses less than the machine has, unless the caller chose the number."""
     global _warned
-    present = os.cpu_count() or 1
-    if n is None and not _warned and elements >= _WORTH_A_WARNING and _default_threads < present:
+    if n is None and not _warned and elements >= _WORTH_A_WARNING and _default_threads < _PRESENT:
         _warned = True
         warnings.warn(
-            f"the optimizer step runs on {_default_threads} of this machine's {present} processors: this process is "
+            f"the optimizer step runs on {_default_threads} of this machine's {_PRESENT} processors: this process is "
             "limited to them (taskset, a container), or set_threads() was called",
             RuntimeWarning,
             stacklevel=5,
@@ -218,7 +218,7 @@ def rule_step(
     for name in rule.moments:
         pointers[name] = also(name, moments[name], n, _MOMENT_DTYPES if name == rule.moments[0] else (kept,))
     x_ptr = 0 if master is None else also("master", master, n, _MASTER_DTYPES)
-    layout, moment_code = StateFormat("", param.dtype, None if master is None else master.dtype, kept).codes
+    layout, moment_code = kernel_codes(param.dtype, None if master is None else master.dtype, kept)
     s_ptr = 0
     if kept == torch.uint8:
         if scale is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,6 +18,12 @@ __all__ = ["MASTER_KEYS", "complete", "restored"]
 MASTER_KEYS = {torch.float32: "master", torch.int16: "remainder", torch.int8: "correction"}
 
 
+@cache
+def _names(fmt: StateFormat, rule: Rule) -> frozenset[str]:
+    kinds = fmt.kinds(rule)[1:]
+    return frozenset({"step", *(MASTER_KEYS[k.dtype] if k.name == "master" else k.name for k in kinds)})
+
+
 def _expected(p: Tensor, fmt: StateFormat, rule: Rule) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Names, dtypes and shapes of the tensors beside ``step``. Scales are (groups, moments of the rule)."""
     found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
@@ -29,6 +36,8 @@ def _expected(p: Tensor, fmt: StateFormat, rule: Rule) -> dict[str, tuple[torch.
 
 def complete(state: dict[str, Any], p: Tensor, fmt: StateFormat, rule: Rule) -> None:
     """Adds what ``state`` lacks: zeros, and the master from the parameter."""
+    if state.keys() >= _names(fmt, rule):
+        return
     if "step" not in state:
         state["step"] = torch.tensor(0.0)
     for name, (dtype, shape) in _expected(p, fmt, rule).items():

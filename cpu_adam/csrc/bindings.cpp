@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -106,10 +107,13 @@ void join(std::size_t n, Address param, Address remainder, Address master, int i
   launch_join(k, at<std::uint16_t>(param), at<std::int16_t>(remainder), at<float>(master), n, threads);
 }
 
-void stream_pattern(std::size_t n, Address read, Address a, Address b, Address c, int isa, int threads) {
+void stream_pattern(std::size_t n, const std::vector<std::tuple<Address, std::size_t, bool>>& arrays, int isa,
+                    int threads) {
   const Kernels& k = kernels(isa);
+  std::vector<StreamArray> list;
+  for (const auto& [address, group_bytes, written] : arrays) list.push_back({at<char>(address), group_bytes, written});
   py::gil_scoped_release release;
-  launch_stream(k, at<float>(read), at<float>(a), at<float>(b), at<float>(c), n, threads);
+  launch_stream(k, list.data(), static_cast<int>(list.size()), n, threads);
 }
 
 }  // namespace
@@ -146,6 +150,5 @@ PYBIND11_MODULE(_cpu_adam, m) {
         py::arg("threads"));
   m.def("join", &join, py::arg("n"), py::arg("param"), py::arg("remainder"), py::arg("master"), py::arg("isa"),
         py::arg("threads"));
-  m.def("stream_pattern", &stream_pattern, py::arg("n"), py::arg("read"), py::arg("a"), py::arg("b"), py::arg("c"),
-        py::arg("isa"), py::arg("threads"));
+  m.def("stream_pattern", &stream_pattern, py::arg("n"), py::arg("arrays"), py::arg("isa"), py::arg("threads"));
 }

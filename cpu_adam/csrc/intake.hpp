@@ -88,19 +88,22 @@ void join_range(const std::uint16_t* param, const std::int16_t* remainder, float
   __builtin_memcpy(master + i, x, rest * sizeof x[0]);
 }
 
-// The step's traffic without its arithmetic, for benchmarks: four streams read, three of them written back; a rest of
-// less than four vectors is left out. Plain, and the fastest of the loops tried: four vectors at a time, no prefetch,
-// and all loads first, since arrays that lie alike in their pages make a load wait for a store just before it.
-void stream_range(const float* read, float* a, float* b, float* c, std::size_t n) {
-  constexpr int kUnroll = 4;
-  float* const written[3] = {a, b, c};
-  for (std::size_t i = 0; i + kUnroll * V::N <= n; i += kUnroll * V::N) {
-    V::F x[kUnroll], y[3][kUnroll];
-    for (int k = 0; k < kUnroll; ++k) x[k] = V::load_f32(read + i + k * V::N);
-    for (int s = 0; s < 3; ++s)
-      for (int k = 0; k < kUnroll; ++k) y[s][k] = V::load_f32(written[s] + i + k * V::N);
-    for (int s = 0; s < 3; ++s)
-      for (int k = 0; k < kUnroll; ++k) V::store_f32(written[s] + i + k * V::N, V::add(y[s][k], x[k]));
+// A step's traffic without its arithmetic, for benchmarks: each array is read, and those that the step writes are
+// written back, a group after the other as the step does. Bytes of a group that do not fill a vector are left out.
+void stream_range(const StreamArray* arrays, int count, std::size_t begin, std::size_t end) {
+  constexpr std::size_t kBytes = sizeof(V::F);
+  V::I sum = V::iset(0);
+  for (std::size_t group = begin / kGroup; group < end / kGroup; ++group) {
+    for (int k = 0; k < count; ++k) {
+      char* const data = arrays[k].data + group * arrays[k].group_bytes;
+      for (std::size_t at = 0; at + kBytes <= arrays[k].group_bytes; at += kBytes) {
+        auto* const p = reinterpret_cast<float*>(data + at);
+        const V::I x = V::as_i(V::load_f32(p));
+        if (arrays[k].written) V::store_f32(p, V::as_f(V::iadd(x, V::iset(1))));
+        else sum = V::imax(sum, x);
+      }
+    }
   }
+  volatile std::uint32_t kept = V::largest(sum);
+  (void)kept;
 }
-

@@ -57,12 +57,19 @@ struct StepArgs {
   std::uint64_t group;  // which group of its sequence the first element begins
 };
 
+// An array of which a group takes so many bytes.
+struct StreamArray {
+  char* data;
+  std::size_t group_bytes;
+  bool written;
+};
+
 using StepFn = void (*)(const StepArgs&, std::size_t begin, std::size_t end);
 using IntakeFn = double (*)(void* dst, const void* src, std::size_t n);  // one block; returns its sum of squares
 using StatsFn = double (*)(const void* src, std::size_t n);
 using SplitFn = void (*)(const float* master, std::uint16_t* param, std::int16_t* rest, std::size_t n);
 using JoinFn = void (*)(const std::uint16_t* param, const std::int16_t* rest, float* master, std::size_t n);
-using StreamFn = void (*)(const float* read, float* a, float* b, float* c, std::size_t n);
+using StreamFn = void (*)(const StreamArray* arrays, int count, std::size_t begin, std::size_t end);
 
 struct Kernels {
   const char* name;

@@ -101,10 +101,8 @@ void launch_join(const Kernels& k, const std::uint16_t* param, const std::int16_
   });
 }
 
-void launch_stream(const Kernels& k, const float* read, float* a, float* b, float* c, std::size_t n, int threads) {
-  for_ranges(n, threads, [&](std::size_t begin, std::size_t end) {
-    k.stream(read + begin, a + begin, b + begin, c + begin, end - begin);
-  });
+void launch_stream(const Kernels& k, const StreamArray* arrays, int count, std::size_t n, int threads) {
+  for_ranges(n, threads, [&](std::size_t begin, std::size_t end) { k.stream(arrays, count, begin, end); });
 }
 
 }  // namespace cpu_adam

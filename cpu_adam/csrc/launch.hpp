@@ -15,6 +15,6 @@ void launch_split(const Kernels& k, const float* master, std::uint16_t* param, s
                   std::size_t n, int threads);
 void launch_join(const Kernels& k, const std::uint16_t* param, const std::int16_t* remainder, float* master,
                  std::size_t n, int threads);
-void launch_stream(const Kernels& k, const float* read, float* a, float* b, float* c, std::size_t n, int threads);
+void launch_stream(const Kernels& k, const StreamArray* arrays, int count, std::size_t n, int threads);
 
 }  // namespace cpu_adam

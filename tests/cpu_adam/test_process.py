@@ -4,6 +4,7 @@ import ast
 import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -148,11 +149,7 @@ def test_the_stub_matches_the_module():
     assert all(isinstance(public[name], int) for name in constants)
     for name, arguments in functions.items():
         signature = inspect.getdoc(public[name]).splitlines()[0]
-        named = [
-            part.split(":")[0].strip()
-            for part in signature[signature.index("(") + 1 :].split(")")[0].split(",")
-        ]
-        assert [x for x in named if x] == arguments, name
+        assert re.findall(r"(\w+): ", signature) == arguments, name
 
 
 def test_the_kernels_import_nothing_else_of_the_package():
@@ -166,10 +163,14 @@ def test_the_kernels_import_nothing_else_of_the_package():
 
 def test_the_benchmark_runs(tmp_path):
     out = tmp_path / "bench.json"
-    done = python("benchmarks/bench_cpu_adam.py", "--numel", "70000", "--repeats", "2", "--json", str(out))
+    size = ["--numel", "70016", "--many", "6400", "100", "--threads", "2", "--rounds", "1", "--repeats", "2"]
+    done = python("benchmarks/bench_adam.py", *size, "--json", str(out))
     assert done.returncode == 0, done.stderr
-    result = json.loads(out.read_text())
-    assert {r["case"] for r in result["rows"]} >= {"streaming limit", "fp32", "torch fused", "torch foreach"}
+    flat, many = json.loads(out.read_text())["tables"]
+    assert not [r["error"] for r in flat["rows"] + many["rows"] if r["error"]]
+    isa = kernels.isas()[0]
+    assert {r["contender"] for r in flat["rows"]} >= {f"int8-24bit, bfloat16, {isa}", "lion, int8", "torch fused"}
+    assert all(r["of_limit"] > 0 for r in flat["rows"] if r.get("format") and r["rule"] == "adam")
 
 
 def test_numa_nodes_are_read_as_linux_writes_them(tmp_path):
