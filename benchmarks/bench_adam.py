@@ -71,6 +71,7 @@ class Worker:
         operators = Path(python).parents[1] / "operators"
         if operators.is_dir():  # what peers/install_deepspeed.sh built
             env["TORCH_EXTENSIONS_DIR"] = str(operators)
+        if python != sys.executable:  # what is on this one's path belongs to this environment
             env.pop("PYTHONPATH", None)
         self.process = subprocess.Popen(
             [python, str(HERE / "adam" / "worker.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,

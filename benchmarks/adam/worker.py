@@ -9,9 +9,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 import contenders
+import torch
 
 
 def make(order: dict[str, Any]) -> tuple[Callable[[], None], int, float]:

@@ -127,7 +127,7 @@ def test_torch_s_state_is_no_8_bit_state():
     params = parameters(F32)
     theirs = torch.optim.AdamW(params)
     train(theirs, params, 1)
-    with pytest.raises(ValueError, match="'int8' has torch.uint8"):
+    with pytest.raises(ValueError, match=r"'int8' has torch\.uint8"):
         CPUAdamW(params, state_format="int8").load_state_dict(theirs.state_dict())
     CPUAdamW(params, state_format="fp32").load_state_dict(theirs.state_dict())
 
