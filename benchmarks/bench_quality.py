@@ -214,7 +214,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         style = "k" if case.state_format is None else "-"
         window = 20
         smooth = [statistics.fmean(row["train"][max(0, i - window) : i + 1]) for i in range(len(row["train"]))]
-        axes[case.bf16].plot(smooth, style, label=f"{case.name}: {row['final']:.4f}", linewidth=1)
+        axes[int(case.bf16)].plot(smooth, style, label=f"{case.name}: {row['final']:.4f}", linewidth=1)
     for axis, title in zip(axes, ("fp32 weights", "bf16 weights"), strict=True):
         axis.set(xlabel="step", title=f"{title}: loss, mean of 20 steps (legend: held out, at the end)")
         axis.legend(fontsize=8)

@@ -109,7 +109,7 @@ class CPUOptimizer(Optimizer):
         kept: dict[str, Any] = self.state[p]
         state.complete(kept, p, fmt, self.rule)
         step = int(kept["step"].item()) + 1
-        master = state.MASTER_KEYS.get(fmt.master)
+        master = None if fmt.master is None else state.MASTER_KEYS[fmt.master]
         # A parameter that is not contiguous passes through a copy; its state is contiguous from the start.
         weight = p.detach().contiguous()
         kernels.rule_step(

@@ -204,10 +204,10 @@ def lion_step(
     unscale: float = 1.0,
     clip: float = 1.0,
     maximize: bool = False,
-    **hyper: float,
+    **hyper: Any,
 ) -> None:
     """What `kernels.rule_step` does with LION; ``hyper`` is lr, beta1, beta2 and weight_decay."""
-    update = partial(lion_step_fp32, grad=_scaled(grad, unscale, clip, maximize), **hyper)
+    update: Callable[..., None] = partial(lion_step_fp32, grad=_scaled(grad, unscale, clip, maximize), **hyper)
     _step(update, param, {"exp_avg": exp_avg}, master, scale, seed, step, index)
 
 
@@ -224,8 +224,8 @@ def adagrad_step(
     unscale: float = 1.0,
     clip: float = 1.0,
     maximize: bool = False,
-    **hyper: float,
+    **hyper: Any,
 ) -> None:
     """What `kernels.rule_step` does with ADAGRAD; ``hyper`` is lr, eps and weight_decay."""
-    update = partial(adagrad_step_fp32, grad=_scaled(grad, unscale, clip, maximize), **hyper)
+    update: Callable[..., None] = partial(adagrad_step_fp32, grad=_scaled(grad, unscale, clip, maximize), **hyper)
     _step(update, param, {"exp_avg_sq": exp_avg_sq}, master, scale, seed, step, index)
