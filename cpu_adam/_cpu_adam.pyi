@@ -5,29 +5,36 @@ MASTER_IS_PARAM: int
 LOSSLESS: int
 MASTER_BF16: int
 MASTER_F16: int
+MASTER_24: int
+MOMENTS_F32: int
+MOMENTS_BF16: int
+MOMENTS_INT8: int
+ADAM: int
+LION: int
+ADAGRAD: int
+GROUP: int
 
 def isas() -> list[str]: ...
-def hardware_threads() -> int: ...
-def adam_step(
+def numa_nodes(folder: str) -> list[list[int]]: ...
+def step(
     n: int,
-    format: int,
+    rule: int,
+    master_layout: int,
+    moments: int,
     grad_dtype: int,
     param: int,
     master: int,
     grad: int,
     exp_avg: int,
     exp_avg_sq: int,
-    decay: float,
-    l2: float,
-    beta1: float,
-    beta2: float,
-    bias2_sqrt: float,
-    eps: float,
-    step_size: float,
+    scale: int,
+    constants: list[float],
+    general: bool,
     unscale: float,
     clip: float,
-    coupled: bool,
-    maximize: bool,
+    seed: int,
+    step: int,
+    group: int,
     isa: int,
     threads: int,
 ) -> None: ...
@@ -37,4 +44,4 @@ def intake(
 def sum_squares(n: int, src: int, src_dtype: int, isa: int, threads: int) -> float: ...
 def split(n: int, master: int, param: int, remainder: int, isa: int, threads: int) -> None: ...
 def join(n: int, param: int, remainder: int, master: int, isa: int, threads: int) -> None: ...
-def stream_pattern(n: int, read: int, a: int, b: int, c: int, isa: int, threads: int) -> None: ...
+def stream_pattern(n: int, arrays: list[tuple[int, int, bool]], isa: int, threads: int) -> None: ...

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 
 from . import _cpu_adam
+from .formats import GROUP, kernel_codes
+from .rules import ADAM, Hyper, Rule
 
 __all__ = [
     "GradStats",
@@ -27,6 +30,7 @@ __all__ = [
     "isa",
     "isas",
     "join",
+    "rule_step",
     "set_threads",
     "split",
     "threads",
@@ -34,16 +38,12 @@ __all__ = [
 
 _FLOATS = {torch.float32: _cpu_adam.F32, torch.bfloat16: _cpu_adam.BF16, torch.float16: _cpu_adam.F16}
 
-# (param dtype, master dtype or None) -> how the fp32 master is laid out.
-_FORMATS = {
-    (torch.float32, None): _cpu_adam.MASTER_IS_PARAM,
-    (torch.bfloat16, torch.int16): _cpu_adam.LOSSLESS,
-    (torch.bfloat16, torch.float32): _cpu_adam.MASTER_BF16,
-    (torch.float16, torch.float32): _cpu_adam.MASTER_F16,
-}
+_MASTER_DTYPES = (torch.int16, torch.int8, torch.float32)
+_MOMENT_DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
 
 _ISAS = tuple(_cpu_adam.isas())
-_default_threads = max(1, _cpu_adam.hardware_threads())
+# The processors that this process may use, which may be fewer than there are.
+_default_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class GradStats(NamedTuple):
@@ -91,6 +91,26 @@ def _check_threads(n: int | None) -> int:
     return n
 
 
+#: Below this many elements a step is too short for threads to matter.
+_WORTH_A_WARNING = 1 << 20
+_PRESENT = os.cpu_count() or 1
+_warned = False
+
+
+def _threads_for_step(n: int | None, elements: int) -> int:
+    """Of a step; says once if a long one uses less than the machine has, unless the caller chose the number."""
+    global _warned
+    if n is None and not _warned and elements >= _WORTH_A_WARNING and _default_threads < _PRESENT:
+        _warned = True
+        warnings.warn(
+            f"the optimizer step runs on {_default_threads} of this machine's {_PRESENT} processors: this process is "
+            "limited to them (taskset, a container), or set_threads() was called",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+    return _check_threads(n)
+
+
 def _check(name: str, t: Tensor, n: int | None, dtypes: Iterable[torch.dtype]) -> int:
     """Refuse what the kernels cannot take; return the address."""
     if not isinstance(t, Tensor):
@@ -127,6 +147,7 @@ def adam_step(
     exp_avg_sq: Tensor,
     *,
     master: Tensor | None = None,
+    scale: Tensor | None = None,
     step: int,
     lr: float,
     beta1: float,
@@ -137,57 +158,85 @@ def adam_step(
     maximize: bool = False,
     unscale: float = 1.0,
     clip: float = 1.0,
+    seed: int = 0,
+    index: int = 0,
     isa: str | None = None,
     threads: int | None = None,
 ) -> None:
     """One AdamW step (Adam with L2 decay if not `decoupled`), in one pass, in place. `step` counts from 1.
 
     `master` says how the fp32 master weight is kept: None if it is `param` (fp32); an int16 remainder that
-    together with a bf16 `param` is all 32 bits of it; or fp32, and then `param` (bf16 or fp16) is rewritten
-    as its rounding to the nearest. The gradient (fp32, bf16 or fp16) is multiplied by `unscale` and then by
-    `clip`, each product rounded to fp32; 1.0 changes nothing.
+    together with a bf16 `param` is all 32 bits of it; an int8 correction that makes 24 bits of it; or fp32, and then
+    `param` (bf16 or fp16) is rewritten as its rounding to the nearest. The gradient (fp32, bf16 or fp16) is multiplied
+    by `unscale` and then by `clip`, each product rounded to fp32; 1.0 changes nothing.
 
-    Moments equal those of torch's foreach AdamW in every bit (torch on AVX2 or AVX-512). Weights do too
+    The moments are fp32, bf16, or uint8 codes with fp32 `scale`, two for each group of 64 elements (`formats`). The
+    lossy ones round by chance, which depends on `seed`, `step` and the index of an element alone: a piece of a longer
+    sequence gives as `index` which of its elements comes first, a multiple of 64.
+
+    fp32 moments equal those of torch's foreach AdamW in every bit (torch on AVX2 or AVX-512). Weights do too
     wherever torch's square root is IEEE's. The one in torch builds with MKL is not: it is off by one unit in
     the last place for about one value in six, which moves an update by less than 3e-7 of its size, before the
     weight is rounded.
     """
+    rule_step(
+        ADAM, param, grad, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}, master=master, scale=scale,
+        hyper=Hyper(step, lr, beta1, beta2, eps, weight_decay, decoupled), maximize=maximize, unscale=unscale,
+        clip=clip, seed=seed, index=index, isa=isa, threads=threads,
+    )  # fmt: skip
+
+
+def rule_step(
+    rule: Rule,
+    param: Tensor,
+    grad: Tensor,
+    moments: Mapping[str, Tensor],
+    *,
+    hyper: Hyper,
+    master: Tensor | None = None,
+    scale: Tensor | None = None,
+    maximize: bool = False,
+    unscale: float = 1.0,
+    clip: float = 1.0,
+    seed: int = 0,
+    index: int = 0,
+    isa: str | None = None,
+    threads: int | None = None,
+) -> None:
+    """One step of any rule; `moments` holds what `rule.moments` names. For the rest see `adam_step`."""
     p_ptr = _check("param", param, None, _FLOATS)
     n = param.numel()
     g_ptr = _check("grad", grad, n, _FLOATS)
-    m_ptr = _check("exp_avg", exp_avg, n, (torch.float32,))
-    v_ptr = _check("exp_avg_sq", exp_avg_sq, n, (torch.float32,))
-    x_ptr = 0
-    spans = [
-        (p_ptr, n * param.itemsize, "param"),
-        (g_ptr, n * grad.itemsize, "grad"),
-        (m_ptr, n * 4, "exp_avg"),
-        (v_ptr, n * 4, "exp_avg_sq"),
-    ]
-    if master is not None:
-        x_ptr = _check("master", master, n, (torch.int16, torch.float32))
-        spans.append((x_ptr, n * master.itemsize, "master"))
-    layout = _FORMATS.get((param.dtype, None if master is None else master.dtype))
-    if layout is None:
-        got = "no master" if master is None else f"a master of {master.dtype}"
-        raise TypeError(
-            f"param of {param.dtype} with {got} is not a format: fp32 takes no master, bf16 takes an int16 "
-            "remainder or an fp32 master, fp16 takes an fp32 master"
-        )
-    if step < 1:
-        raise ValueError(f"step counts from 1, got {step}")
+    spans = [(p_ptr, n * param.itemsize, "param"), (g_ptr, n * grad.itemsize, "grad")]
+
+    def also(name: str, t: Tensor, count: int, dtypes: Iterable[torch.dtype]) -> int:
+        spans.append((_check(name, t, count, dtypes), count * t.itemsize, name))
+        return spans[-1][0]
+
+    kept = moments[rule.moments[0]].dtype
+    pointers = {"exp_avg": 0, "exp_avg_sq": 0}
+    for name in rule.moments:
+        pointers[name] = also(name, moments[name], n, _MOMENT_DTYPES if name == rule.moments[0] else (kept,))
+    x_ptr = 0 if master is None else also("master", master, n, _MASTER_DTYPES)
+    layout, moment_code = kernel_codes(param.dtype, None if master is None else master.dtype, kept)
+    s_ptr = 0
+    if kept == torch.uint8:
+        if scale is None:
+            raise TypeError("scale is missing: 8-bit moments need their groups' scales")
+        s_ptr = also("scale", scale, -(-n // GROUP) * len(rule.moments), (torch.float32,))
+    elif scale is not None:
+        raise TypeError(f"scale belongs to 8-bit moments; these are {kept}")
+    if hyper.step < 1:
+        raise ValueError(f"step counts from 1, got {hyper.step}")
+    if index < 0 or index % GROUP:
+        raise ValueError(f"index must be a multiple of {GROUP}, at which a group begins, got {index}")
     if n:
         _check_overlap(spans)
-    # In double, and in torch's order.
-    bias1 = 1 - beta1**step
-    bias2_sqrt = (1 - beta2**step) ** 0.5
-    step_size = (lr / bias1) * -1
-    coupled = not decoupled and weight_decay != 0
-    decay = 1 - lr * weight_decay if decoupled and weight_decay != 0 else 1.0
-    _cpu_adam.adam_step(
-        n, layout, _FLOATS[grad.dtype], p_ptr, x_ptr, g_ptr, m_ptr, v_ptr,
-        decay, weight_decay, beta1, beta2, bias2_sqrt, eps, step_size, unscale, clip, coupled, maximize,
-        _isa_index(isa), _check_threads(threads),
+    constants, general = rule.constants(hyper)
+    _cpu_adam.step(
+        n, rule.code, layout, moment_code, _FLOATS[grad.dtype], p_ptr, x_ptr, g_ptr, pointers["exp_avg"],
+        pointers["exp_avg_sq"], s_ptr, constants, general, unscale, -clip if maximize else clip,
+        seed & 0xFFFFFFFFFFFFFFFF, hyper.step, index // GROUP, _isa_index(isa), _threads_for_step(threads, n),
     )  # fmt: skip
 
 

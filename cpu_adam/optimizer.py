@@ -1,4 +1,4 @@
-"""torch.optim.AdamW's interface on the SIMD kernels, with fp32 arithmetic for 16-bit parameters too."""
+"""torch.optim's interface on the SIMD kernels, with fp32 arithmetic for 16-bit parameters too."""
 
 from __future__ import annotations
 
@@ -10,33 +10,154 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
-from . import kernels
+from . import kernels, state
+from .formats import FORMATS, resolve
+from .rules import ADAGRAD, ADAM, LION, Hyper, Rule
 
-__all__ = ["CPUAdamW"]
-
-OPTIMIZER_STATES = ("auto", "fp32", "lossless")
-_PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-_MASTERS = {"master": torch.float32, "remainder": torch.int16}
+__all__ = ["CPUAdagrad", "CPUAdamW", "CPULion"]
 
 
-class CPUAdamW(Optimizer):
+class CPUOptimizer(Optimizer):
+    """What the rules' optimizers share: groups, state, loading, the step itself."""
+
+    rule: Rule
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check_options(group)
+            for p in group["params"]:
+                _check_param(p, group["state_format"])
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def __setstate__(self, pickled: dict[str, Any]) -> None:
+        super().__setstate__(pickled)
+        for group in self.param_groups:
+            for name, value in _LATER_OPTIONS.items():
+                group.setdefault(name, value)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but every state tensor keeps its own dtype and every bit.
+
+        A state_dict of the torch optimizer of the same rule is taken too: what it lacks is made from the parameters at
+        the next step. Raises ValueError for a state that is kept in another format than this optimizer's, or that no
+        step could have left (a shape, a dtype, a scale); nothing is loaded then.
+        """
+        # torch casts every state tensor to its parameter's dtype, which would round fp32 moments to bf16 and
+        # misread a remainder. So the values are put back, from the dictionary as the last pre-hook leaves it.
+        final: list[dict[str, Any]] = []
+        kept = [group["state_format"] for group in self.param_groups]
+        previous = self.__getstate__()
+
+        def restore(_: Optimizer) -> None:
+            try:
+                self._restore(final[-1], kept)
+            except Exception:
+                self.__setstate__(previous)
+                raise
+
+        before = self.register_load_state_dict_pre_hook(lambda _, loaded: final.append(loaded))
+        after = self.register_load_state_dict_post_hook(restore, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def _restore(self, loaded: dict[str, Any], kept: list[str]) -> None:
+        for group, saved, name in zip(self.param_groups, loaded["param_groups"], kept, strict=True):
+            # torch's own optimizers save no format: theirs is any that keeps fp32 moments.
+            group["state_format"] = saved.get("state_format", name)
+            _check_options(group)
+            for i, p in zip(saved["params"], group["params"], strict=True):
+                fmt, theirs = resolve(name, p.dtype), resolve(group["state_format"], p.dtype)
+                if (fmt.master, fmt.moments) != (theirs.master, theirs.moments):
+                    raise ValueError(
+                        f"parameter {i} was saved with state_format={theirs.name!r}, this optimizer keeps {fmt.name!r}: "
+                        "make the optimizer with the format that was saved"
+                    )
+                values = loaded["state"].get(i, {})
+                self.state[p].update(state.restored(values, p, fmt.for_shape(p.shape), self.rule, f"parameter {i}"))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform one step; `closure`, if given, reevaluates the model and returns the loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        order = 0
+        for group in self.param_groups:
+            # Groups are plain dictionaries that anyone may write to, and a later torch may bring options.
+            _check_options(group)
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._step_param(p, group, (group["seed"] << 32) + order)
+                order += 1
+        return loss
+
+    def _step_param(self, p: Tensor, group: dict[str, Any], seed: int) -> None:
+        grad = p.grad
+        assert grad is not None
+        if grad.is_sparse:
+            raise RuntimeError(f"{self.rule.name} does not support sparse gradients, please consider SparseAdam instead")
+        _check_param(p, group["state_format"])
+        fmt = resolve(group["state_format"], p.dtype).for_shape(p.shape)
+        kept: dict[str, Any] = self.state[p]
+        state.complete(kept, p, fmt, self.rule)
+        step = int(kept["step"].item()) + 1
+        master = None if fmt.master is None else state.MASTER_KEYS[fmt.master]
+        # A parameter that is not contiguous passes through a copy; its state is contiguous from the start.
+        weight = p.detach().contiguous()
+        kernels.rule_step(
+            self.rule,
+            weight.view(-1),
+            grad.detach().contiguous().view(-1),
+            {name: kept[name].view(-1) for name in self.rule.moments},
+            master=None if master is None else kept[master].view(-1),
+            scale=kept["scale"].view(-1) if "scale" in kept else None,
+            hyper=self._hyper(group, step),
+            maximize=group["maximize"],
+            seed=seed,
+        )
+        if p.is_contiguous():
+            increment_version(p)  # the kernel wrote behind autograd's back
+        else:
+            p.copy_(weight)
+        kept["step"].fill_(step)
+
+    def _hyper(self, group: dict[str, Any], step: int) -> Hyper:
+        beta1, beta2 = group["betas"]
+        return Hyper(
+            step, float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"],
+            group["decoupled_weight_decay"],
+        )  # fmt: skip
+
+
+class CPUAdamW(CPUOptimizer):
     """AdamW for parameters on the CPU; arguments, groups and state_dict as in torch.optim.AdamW.
 
     Args:
-        optimizer_state: how the fp32 weight behind a 16-bit parameter is kept. "fp32": whole, in
+        state_format: how moments and the fp32 weight behind a 16-bit parameter are kept. "fp32": whole, the weight in
             ``state["master"]``. "lossless": bf16 parameters keep the 16 bits that they lack in
-            ``state["remainder"]``; the numbers are fp32 AdamW's, at two bytes less a parameter. "auto":
-            lossless for bf16, fp32 otherwise. An fp32 parameter is its own master in all of them. May differ
-            by group.
+            ``state["remainder"]``; the numbers are fp32 AdamW's, at two bytes less a parameter. "bf16", "int8": the
+            same weight, moments in 16 or 8 bits. "int8-24bit": bf16 parameters keep 8 more bits in
+            ``state["correction"]``. "auto": lossless for bf16, fp32 otherwise. An fp32 parameter is its own master in
+            all of them. Norms, biases and small parameters keep exact states (`StateFormat.keeps_fp32`). May differ by
+            group.
+        seed: of the rounding by chance of "bf16", "int8" and "int8-24bit".
         decoupled_weight_decay: False gives Adam with L2 decay, as in torch.optim.Adam.
 
-    The moments are fp32 whatever the parameter is. The step comes from the parameter's state and the master,
-    not from a parameter that was written to in between: to change weights by hand, drop their ``state``
-    entry.
+    The step comes from the parameter's state and the master, not from a parameter that was written to in between: to
+    change weights by hand, drop their ``state`` entry.
 
     For fp32 parameters ``kernels.adam_step`` says how equal the numbers are to torch's.
     """
+
+    rule = ADAM
 
     def __init__(
         self,
@@ -53,7 +174,8 @@ class CPUAdamW(Optimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = True,
-        optimizer_state: str = "auto",
+        state_format: str = "auto",
+        seed: int = 0,
     ) -> None:
         chosen = [("foreach", foreach), ("capturable", capturable), ("differentiable", differentiable)]
         for name, value in [*chosen, ("fused", fused)]:
@@ -69,132 +191,73 @@ class CPUAdamW(Optimizer):
             "amsgrad": amsgrad,
             "maximize": maximize,
             "decoupled_weight_decay": decoupled_weight_decay,
-            "optimizer_state": optimizer_state,
+            "state_format": state_format,
+            "seed": seed,
         }
         _check_options(defaults)
         defaults["betas"] = tuple(float(b) for b in betas)
         super().__init__(params, defaults)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
-            _check_options(group)
-            for p in group["params"]:
-                _check_param(p, group["optimizer_state"])
-        except Exception:
-            self.param_groups.pop()
-            raise
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            group.setdefault("amsgrad", False)
-            group.setdefault("maximize", False)
-            group.setdefault("decoupled_weight_decay", True)
-            group.setdefault("optimizer_state", "auto")
+class CPULion(CPUOptimizer):
+    """Lion, as DeepSpeed's: one moment, the sign of its interpolation as the update, decoupled weight decay.
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but moments, masters and remainders keep their own dtype and every bit.
+    For `state_format` and `seed` see `CPUAdamW`.
+    """
 
-        A state_dict of torch.optim.AdamW is taken too: what it lacks is made from the parameters at the next
-        step.
-        """
-        # torch casts every state tensor to its parameter's dtype, which would round fp32 moments to bf16 and
-        # misread a remainder. So the values are put back, from the dictionary as the last pre-hook leaves it.
-        final: list[dict[str, Any]] = []
-        before = self.register_load_state_dict_pre_hook(lambda _, loaded: final.append(loaded))
-        after = self.register_load_state_dict_post_hook(lambda _: self._restore(final[-1]), prepend=True)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            before.remove()
-            after.remove()
+    rule = LION
 
-    def _restore(self, loaded: dict[str, Any]) -> None:
-        for group in self.param_groups:
-            _check_options(group)
-        ids = [i for group in loaded["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(ids, params, strict=True):
-            for key, value in loaded["state"].get(i, {}).items():
-                if key in _MOMENTS or key in _MASTERS:
-                    dtype = _MASTERS.get(key, torch.float32)
-                    if value.shape != p.shape or (key in _MASTERS and value.dtype != dtype):
-                        raise ValueError(
-                            f"state {key!r} of parameter {i} is {value.dtype} of shape {tuple(value.shape)}; "
-                            f"expected {dtype} of shape {tuple(p.shape)}"
-                        )
-                    self.state[p][key] = torch.empty(p.shape, dtype=dtype).copy_(value)
-                elif key == "step":
-                    self.state[p][key] = torch.tensor(float(value))
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        state_format: str = "auto",
+        seed: int = 0,
+    ) -> None:
+        defaults = {**_UNUSED, "lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
+        defaults |= {"state_format": state_format, "seed": seed}
+        _check_options(defaults)
+        super().__init__(params, defaults)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Perform one step; `closure`, if given, reevaluates the model and returns the loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            # Groups are plain dictionaries that anyone may write to, and a later torch may bring options.
-            _check_options(group)
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._step_param(p, group)
-        return loss
 
-    def _step_param(self, p: Tensor, group: dict[str, Any]) -> None:
-        grad = p.grad
-        assert grad is not None
-        if grad.is_sparse:
-            raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
-        state, master = self._init_state(p, group["optimizer_state"])
-        step = int(state["step"].item()) + 1
-        beta1, beta2 = group["betas"]
-        # A parameter that is not contiguous passes through a copy; its state is contiguous from the start.
-        weight = p.detach().contiguous()
-        kernels.adam_step(
-            weight.view(-1),
-            grad.detach().contiguous().view(-1),
-            state["exp_avg"].view(-1),
-            state["exp_avg_sq"].view(-1),
-            master=None if master is None else state[master].view(-1),
-            step=step,
-            lr=float(group["lr"]),
-            beta1=beta1,
-            beta2=beta2,
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            decoupled=group["decoupled_weight_decay"],
-            maximize=group["maximize"],
-        )
-        if p.is_contiguous():
-            increment_version(p)  # the kernel wrote behind autograd's back
-        else:
-            p.copy_(weight)
-        state["step"].fill_(step)
+class CPUAdagrad(CPUOptimizer):
+    """Adagrad, as DeepSpeed's and torch's: the sum of squares in ``state["exp_avg_sq"]``, weight decay as L2.
 
-    def _init_state(self, p: Tensor, optimizer_state: str) -> tuple[dict[str, Any], str | None]:
-        """The parameter's state, completed, and the name of its master if it has one."""
-        state: dict[str, Any] = self.state[p]
-        if "step" not in state:
-            state["step"] = torch.tensor(0.0)
-        for key in _MOMENTS:
-            if key not in state:
-                state[key] = torch.zeros(p.shape, dtype=torch.float32)
-        if p.dtype == torch.float32:
-            return state, None
-        # A master that is there, loaded for instance, says how it is kept.
-        for key in _MASTERS:
-            if key in state:
-                return state, key
-        _check_param(p, optimizer_state)
-        if optimizer_state == "lossless" or (optimizer_state == "auto" and p.dtype == torch.bfloat16):
-            state["remainder"] = torch.zeros(p.shape, dtype=torch.int16)
-            return state, "remainder"
-        state["master"] = p.detach().to(torch.float32, memory_format=torch.contiguous_format)
-        return state, "master"
+    For `state_format` and `seed` see `CPUAdamW`.
+    """
+
+    rule = ADAGRAD
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-2,
+        eps: float = 1e-10,
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        state_format: str = "auto",
+        seed: int = 0,
+    ) -> None:
+        defaults = {**_UNUSED, "lr": lr, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
+        defaults |= {"state_format": state_format, "seed": seed, "decoupled_weight_decay": False}
+        _check_options(defaults)
+        super().__init__(params, defaults)
+
+
+_LATER_OPTIONS: dict[str, Any] = {
+    "amsgrad": False,
+    "maximize": False,
+    "decoupled_weight_decay": True,
+    "state_format": "auto",
+    "seed": 0,
+}
+# What a rule has no use for, so that one check and one step serve all.
+_UNUSED: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 0.0, "amsgrad": False, "decoupled_weight_decay": True}
 
 
 def _check_options(options: dict[str, Any]) -> None:
@@ -217,20 +280,15 @@ def _check_options(options: dict[str, Any]) -> None:
         raise ValueError(f"Invalid weight_decay value: {weight_decay}")
     if options["amsgrad"]:
         raise ValueError("amsgrad=True is not supported by CPUAdamW; use torch.optim.AdamW for it")
-    if options["optimizer_state"] not in OPTIMIZER_STATES:
-        raise ValueError(
-            f"Invalid optimizer_state: {options['optimizer_state']!r}; "
-            f"choose from {', '.join(OPTIMIZER_STATES)}"
-        )
+    if options["state_format"] not in FORMATS:
+        raise ValueError(f"Invalid state_format: {options['state_format']!r}; choose from {', '.join(FORMATS)}")
+    if type(options["seed"]) is not int or not 0 <= options["seed"] < 2**31:
+        raise ValueError(f"seed must be an integer from 0 to 2**31 - 1, got {options['seed']!r}")
 
 
-def _check_param(p: Tensor, optimizer_state: str) -> None:
-    if p.dtype not in _PARAM_DTYPES or not p.is_cpu:
+def _check_param(p: Tensor, state_format: str) -> None:
+    if p.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not p.is_cpu:
         raise ValueError(
-            f"CPUAdamW takes CPU parameters of float32, bfloat16 or float16, got {p.dtype} on {p.device}"
+            f"CPU optimizers take CPU parameters of float32, bfloat16 or float16, got {p.dtype} on {p.device}"
         )
-    if optimizer_state == "lossless" and p.dtype == torch.float16:
-        raise ValueError(
-            'optimizer_state="lossless" cannot serve a float16 parameter: with 16 more bits it does not hold '
-            'an fp32; use "fp32" or "auto"'
-        )
+    resolve(state_format, p.dtype)

@@ -2,14 +2,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cmath>
 #include <string>
-#include <thread>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "dispatch.hpp"
 #include "launch.hpp"
+#include "topology.hpp"
 
 namespace py = pybind11;
 using namespace cpu_adam;
@@ -34,9 +34,10 @@ Dtype dtype(int code) {
   return static_cast<Dtype>(code);
 }
 
-Format format(int code) {
-  if (code < 0 || code >= kFormats) throw py::value_error("format code: not a master layout");
-  return static_cast<Format>(code);
+template <typename Code>
+Code code(int value, int count, const char* what) {
+  if (value < 0 || value >= count) throw py::value_error(std::string(what) + ": no such code");
+  return static_cast<Code>(value);
 }
 
 std::vector<std::string> isas() {
@@ -45,45 +46,38 @@ std::vector<std::string> isas() {
   return names;
 }
 
-struct Hyper {
-  double decay, l2, beta1, beta2, bias2_sqrt, eps, step_size, unscale, clip;
-  bool coupled, maximize;
-};
-
-// Double up to here; each constant is rounded to fp32 once, where torch's operators round theirs.
-StepArgs make_args(const Hyper& h) {
-  StepArgs a{};
-  a.unscale = static_cast<float>(h.unscale);
-  a.clip = static_cast<float>(h.maximize ? -h.clip : h.clip);
-  a.decay = static_cast<float>(h.decay);
-  a.l2 = static_cast<float>(h.l2);
-  a.lerp = static_cast<float>(1.0 - h.beta1);
-  a.lerp_rest = 1.0f - a.lerp;
-  a.beta2 = static_cast<float>(h.beta2);
-  a.one_minus_beta2 = static_cast<float>(1.0 - h.beta2);
-  a.bias2_sqrt = static_cast<float>(h.bias2_sqrt);
-  a.eps = static_cast<float>(h.eps);
-  a.step_size = static_cast<float>(h.step_size);
-  a.coupled = h.coupled;
-  a.lerp_from_end = !(std::fabs(a.lerp) < 0.5f);
-  return a;
+// splitmix64's finalizer.
+std::uint64_t mix(std::uint64_t z) {
+  z += 0x9e3779b97f4a7c15u;
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+  return z ^ (z >> 31);
 }
 
-void adam_step(std::size_t n, int format_code, int grad_dtype, Address param, Address master, Address grad,
-               Address exp_avg, Address exp_avg_sq, double decay, double l2, double beta1, double beta2,
-               double bias2_sqrt, double eps, double step_size, double unscale, double clip, bool coupled,
-               bool maximize, int isa, int threads) {
-  const Kernels& k = kernels(isa);
-  const Format f = format(format_code);
-  const Dtype g = dtype(grad_dtype);
-  StepArgs args = make_args({decay, l2, beta1, beta2, bias2_sqrt, eps, step_size, unscale, clip, coupled, maximize});
+// Constants are double up to here; each is rounded to fp32 once, where torch's operators round theirs.
+void step(std::size_t n, int rule, int master_layout, int moments, int grad_dtype, Address param, Address master,
+          Address grad, Address exp_avg, Address exp_avg_sq, Address scale, const std::vector<double>& constants,
+          bool general, double unscale, double clip, std::uint64_t seed, std::uint64_t step_count, std::uint64_t group,
+          int isa, int threads) {
+  StepArgs args{};
+  if (constants.size() > kConstants) throw py::value_error("constants: more than a rule may have");
+  for (std::size_t i = 0; i < constants.size(); ++i) args.constants[i] = static_cast<float>(constants[i]);
+  args.unscale = static_cast<float>(unscale);
+  args.clip = static_cast<float>(clip);
+  args.key = mix(mix(seed) ^ step_count);
+  args.group = group;
   args.param = at(param);
   args.master = at(master);
   args.grad = at(grad);
-  args.exp_avg = at<float>(exp_avg);
-  args.exp_avg_sq = at<float>(exp_avg_sq);
+  args.exp_avg = at(exp_avg);
+  args.exp_avg_sq = at(exp_avg_sq);
+  args.scale = at<float>(scale);
+  const StepFn function =
+      step_function(kernels(isa), code<Rule>(rule, kRules, "rule"), code<Master>(master_layout, kMasters, "master"),
+                    code<Moments>(moments, kMomentFormats, "moments"), dtype(grad_dtype), general);
+  if (function == nullptr) throw py::value_error("step: this rule, master and moments are not offered together");
   py::gil_scoped_release release;
-  launch_step(k, f, g, args, n, threads);
+  launch_step(function, args, n, threads);
 }
 
 double intake(std::size_t n, Address dst, int dst_dtype, Address src, int src_dtype, bool accumulate, int isa,
@@ -113,10 +107,13 @@ void join(std::size_t n, Address param, Address remainder, Address master, int i
   launch_join(k, at<std::uint16_t>(param), at<std::int16_t>(remainder), at<float>(master), n, threads);
 }
 
-void stream_pattern(std::size_t n, Address read, Address a, Address b, Address c, int isa, int threads) {
+void stream_pattern(std::size_t n, const std::vector<std::tuple<Address, std::size_t, bool>>& arrays, int isa,
+                    int threads) {
   const Kernels& k = kernels(isa);
+  std::vector<StreamArray> list;
+  for (const auto& [address, group_bytes, written] : arrays) list.push_back({at<char>(address), group_bytes, written});
   py::gil_scoped_release release;
-  launch_stream(k, at<float>(read), at<float>(a), at<float>(b), at<float>(c), n, threads);
+  launch_stream(k, list.data(), static_cast<int>(list.size()), n, threads);
 }
 
 }  // namespace
@@ -130,13 +127,21 @@ PYBIND11_MODULE(_cpu_adam, m) {
   m.attr("LOSSLESS") = static_cast<int>(kLossless);
   m.attr("MASTER_BF16") = static_cast<int>(kMasterBF16);
   m.attr("MASTER_F16") = static_cast<int>(kMasterF16);
+  m.attr("MASTER_24") = static_cast<int>(kMaster24);
+  m.attr("MOMENTS_F32") = static_cast<int>(kMomentsF32);
+  m.attr("MOMENTS_BF16") = static_cast<int>(kMomentsBF16);
+  m.attr("MOMENTS_INT8") = static_cast<int>(kMomentsInt8);
+  m.attr("ADAM") = static_cast<int>(kAdam);
+  m.attr("LION") = static_cast<int>(kLion);
+  m.attr("ADAGRAD") = static_cast<int>(kAdagrad);
+  m.attr("GROUP") = static_cast<int>(kGroup);
   m.def("isas", &isas);
-  m.def("hardware_threads", [] { return std::thread::hardware_concurrency(); });
-  m.def("adam_step", &adam_step, py::arg("n"), py::arg("format"), py::arg("grad_dtype"), py::arg("param"),
-        py::arg("master"), py::arg("grad"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("decay"),
-        py::arg("l2"), py::arg("beta1"), py::arg("beta2"), py::arg("bias2_sqrt"), py::arg("eps"),
-        py::arg("step_size"), py::arg("unscale"), py::arg("clip"), py::arg("coupled"), py::arg("maximize"),
-        py::arg("isa"), py::arg("threads"));
+  m.def("numa_nodes", [](const std::string& folder) { return numa_nodes(folder.empty() ? node_folder() : folder); },
+        py::arg("folder"));
+  m.def("step", &step, py::arg("n"), py::arg("rule"), py::arg("master_layout"), py::arg("moments"),
+        py::arg("grad_dtype"), py::arg("param"), py::arg("master"), py::arg("grad"), py::arg("exp_avg"),
+        py::arg("exp_avg_sq"), py::arg("scale"), py::arg("constants"), py::arg("general"), py::arg("unscale"),
+        py::arg("clip"), py::arg("seed"), py::arg("step"), py::arg("group"), py::arg("isa"), py::arg("threads"));
   m.def("intake", &intake, py::arg("n"), py::arg("dst"), py::arg("dst_dtype"), py::arg("src"), py::arg("src_dtype"),
         py::arg("accumulate"), py::arg("isa"), py::arg("threads"));
   m.def("sum_squares", &sum_squares, py::arg("n"), py::arg("src"), py::arg("src_dtype"), py::arg("isa"),
@@ -145,6 +150,5 @@ PYBIND11_MODULE(_cpu_adam, m) {
         py::arg("threads"));
   m.def("join", &join, py::arg("n"), py::arg("param"), py::arg("remainder"), py::arg("master"), py::arg("isa"),
         py::arg("threads"));
-  m.def("stream_pattern", &stream_pattern, py::arg("n"), py::arg("read"), py::arg("a"), py::arg("b"), py::arg("c"),
-        py::arg("isa"), py::arg("threads"));
+  m.def("stream_pattern", &stream_pattern, py::arg("n"), py::arg("arrays"), py::arg("isa"), py::arg("threads"));
 }

@@ -49,6 +49,9 @@ const std::vector<const Kernels*>& available() {
     if (cpu.avx512) found.push_back(&isa_avx512::kKernels);
     if (cpu.avx2) found.push_back(&isa_avx2::kKernels);
 #endif
+#ifdef CPU_ADAM_NEON
+    found.push_back(&isa_neon::kKernels);
+#endif
     found.push_back(&isa_scalar::kKernels);
     return found;
   }();

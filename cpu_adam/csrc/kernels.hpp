@@ -13,37 +13,55 @@ namespace cpu_adam {
 enum Dtype : int { kF32 = 0, kBF16 = 1, kF16 = 2, kDtypes = 3 };
 
 // How the fp32 master weight is laid out.
-enum Format : int {
+enum Master : int {
   kMasterIsParam = 0,  // param fp32
   kLossless = 1,       // param bf16 (half away from zero) + int16 remainder
   kMasterBF16 = 2,     // fp32 master; param is its bf16 (nearest even)
   kMasterF16 = 3,      // fp32 master; param is its fp16 (nearest even)
-  kFormats = 4,
+  kMaster24 = 4,       // param bf16 + int8 correction in 1/256 of its last place; goes with 8-bit moments alone
+  kMasters = 5,
 };
+
+// How the moments are kept. The lossy ones round by chance: see [Note: noise] in moments.hpp.
+enum Moments : int {
+  kMomentsF32 = 0,
+  kMomentsBF16 = 1,
+  kMomentsInt8 = 2,  // codes, with a scale for each moment of each group
+  kMomentFormats = 3,
+};
+
+// The second index of the table of steps; each has a file rule_*.hpp.
+enum Rule : int { kAdam = 0, kLion = 1, kAdagrad = 2, kRules = 3 };
+
+// Elements that share a scale, and a key of the noise.
+constexpr std::size_t kGroup = 64;
 
 // Statistics are summed in blocks of this many elements, over this many lanes in each, on every CPU.
 constexpr std::size_t kBlock = 4096;
 constexpr int kStatLanes = 16;
 
+// Constants that a rule may have; what each means is the rule's own matter.
+constexpr int kConstants = 10;
+
 struct StepArgs {
   void* param;
-  void* master;  // null, int16 remainder or fp32, by format
+  void* master;      // null, int16, int8 or fp32, by layout
   const void* grad;
-  float* exp_avg;
-  float* exp_avg_sq;
+  void* exp_avg;     // null where the rule has none
+  void* exp_avg_sq;  // null where the rule has none
+  float* scale;      // 8-bit moments: for each group one for each moment that the rule has, exp_avg first
   float unscale;
-  float clip;         // negated to maximize: a sign is exact wherever it is applied
-  float decay;        // 1 - lr * weight_decay when decoupled, else 1
-  float l2;           // weight_decay when coupled
-  float lerp;         // 1 - beta1
-  float lerp_rest;    // 1 - lerp, in fp32, as torch computes it
-  float beta2;
-  float one_minus_beta2;
-  float bias2_sqrt;
-  float eps;
-  float step_size;    // -(lr / (1 - beta1^t))
-  bool coupled;       // add l2 * weight to the gradient
-  bool lerp_from_end; // torch's lerp works from the far end for weights of one half or more
+  float clip;  // negated to maximize: a sign is exact wherever it is applied
+  float constants[kConstants];
+  std::uint64_t key;    // of seed and step
+  std::uint64_t group;  // which group of its sequence the first element begins
+};
+
+// An array of which a group takes so many bytes.
+struct StreamArray {
+  char* data;
+  std::size_t group_bytes;
+  bool written;
 };
 
 using StepFn = void (*)(const StepArgs&, std::size_t begin, std::size_t end);
@@ -51,11 +69,12 @@ using IntakeFn = double (*)(void* dst, const void* src, std::size_t n);  // one 
 using StatsFn = double (*)(const void* src, std::size_t n);
 using SplitFn = void (*)(const float* master, std::uint16_t* param, std::int16_t* rest, std::size_t n);
 using JoinFn = void (*)(const std::uint16_t* param, const std::int16_t* rest, float* master, std::size_t n);
-using StreamFn = void (*)(const float* read, float* a, float* b, float* c, std::size_t n);
+using StreamFn = void (*)(const StreamArray* arrays, int count, std::size_t begin, std::size_t end);
 
 struct Kernels {
   const char* name;
-  StepFn step[kFormats][kDtypes][2];           // format, gradient dtype, general arithmetic
+  // Rule, master layout, moments, gradient dtype, general arithmetic; null where a combination is not offered.
+  StepFn step[kRules][kMasters][kMomentFormats][kDtypes][2];
   IntakeFn intake[kDtypes][kDtypes][2];        // dst dtype, src dtype, accumulate
   StatsFn stats[kDtypes];
   SplitFn split;
@@ -72,6 +91,11 @@ namespace isa_avx2 {
 extern const Kernels kKernels;
 }
 namespace isa_avx512 {
+extern const Kernels kKernels;
+}
+#endif
+#ifdef CPU_ADAM_NEON
+namespace isa_neon {
 extern const Kernels kKernels;
 }
 #endif

@@ -62,8 +62,11 @@ std::size_t size_of(Dtype dtype) { return dtype == kF32 ? 4 : 2; }
 
 }  // namespace
 
-void launch_step(const Kernels& k, Format format, Dtype grad, const StepArgs& args, std::size_t n, int threads) {
-  const StepFn step = k.step[format][grad][args.coupled || args.lerp_from_end];
+StepFn step_function(const Kernels& k, Rule rule, Master master, Moments moments, Dtype grad, bool general) {
+  return k.step[rule][master][moments][grad][general];
+}
+
+void launch_step(StepFn step, const StepArgs& args, std::size_t n, int threads) {
   for_ranges(n, threads, [&](std::size_t begin, std::size_t end) { step(args, begin, end); });
 }
 
@@ -98,10 +101,8 @@ void launch_join(const Kernels& k, const std::uint16_t* param, const std::int16_
   });
 }
 
-void launch_stream(const Kernels& k, const float* read, float* a, float* b, float* c, std::size_t n, int threads) {
-  for_ranges(n, threads, [&](std::size_t begin, std::size_t end) {
-    k.stream(read + begin, a + begin, b + begin, c + begin, end - begin);
-  });
+void launch_stream(const Kernels& k, const StreamArray* arrays, int count, std::size_t n, int threads) {
+  for_ranges(n, threads, [&](std::size_t begin, std::size_t end) { k.stream(arrays, count, begin, end); });
 }
 
 }  // namespace cpu_adam

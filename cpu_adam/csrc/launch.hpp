@@ -5,7 +5,9 @@
 
 namespace cpu_adam {
 
-void launch_step(const Kernels& k, Format format, Dtype grad, const StepArgs& args, std::size_t n, int threads);
+// Null where the combination is not offered.
+StepFn step_function(const Kernels& k, Rule rule, Master master, Moments moments, Dtype grad, bool general);
+void launch_step(StepFn step, const StepArgs& args, std::size_t n, int threads);
 double launch_intake(const Kernels& k, void* dst, Dtype dst_dtype, const void* src, Dtype src_dtype, bool accumulate,
                      std::size_t n, int threads);
 double launch_stats(const Kernels& k, const void* src, Dtype dtype, std::size_t n, int threads);
@@ -13,6 +15,6 @@ void launch_split(const Kernels& k, const float* master, std::uint16_t* param, s
                   std::size_t n, int threads);
 void launch_join(const Kernels& k, const std::uint16_t* param, const std::int16_t* remainder, float* master,
                  std::size_t n, int threads);
-void launch_stream(const Kernels& k, const float* read, float* a, float* b, float* c, std::size_t n, int threads);
+void launch_stream(const Kernels& k, const StreamArray* arrays, int count, std::size_t n, int threads);
 
 }  // namespace cpu_adam

@@ -1,12 +1,15 @@
 #include "pool.hpp"
 
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <unistd.h>
 
 #include <chrono>
 #include <system_error>
 #include <thread>
+
+#include "topology.hpp"
 
 namespace cpu_adam {
 namespace {
@@ -48,6 +51,20 @@ class SignalsBlocked {
   sigset_t before_;
 };
 
+std::vector<std::vector<int>> nodes_or_one() {
+  auto nodes = numa_nodes(node_folder());
+  if (nodes.empty()) nodes.emplace_back();
+  return nodes;
+}
+
+// Refused, for instance by a container's rules, it costs only locality.
+void bind(const std::vector<int>& cpus) {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  for (int cpu : cpus) CPU_SET(cpu, &set);
+  sched_setaffinity(0, sizeof set, &set);
+}
+
 struct Owned {
   Pool pool;
   pid_t pid = getpid();
@@ -67,13 +84,37 @@ Pool& Pool::get() {
   return owned->pool;
 }
 
+Pool::Pool() : nodes_(nodes_or_one()) {}
+
+// In shares that are as large as the nodes; see [Note: nodes].
+std::vector<Pool::Run> Pool::cut(std::size_t count) const {
+  std::size_t total = 0, before = 0;
+  for (const auto& cpus : nodes_) total += cpus.size();
+  std::vector<Run> runs(nodes_.size());
+  for (std::size_t k = 0; k < nodes_.size(); ++k) {
+    runs[k].next = total == 0 ? 0 : count * before / total;
+    before += nodes_[k].size();
+    runs[k].end = total == 0 ? count : count * before / total;
+  }
+  return runs;
+}
+
+std::size_t Pool::caller_node() const {
+  if (nodes_.size() == 1) return 0;
+  const int cpu = sched_getcpu();
+  for (std::size_t k = 0; k < nodes_.size(); ++k)
+    for (int other : nodes_[k])
+      if (other == cpu) return k;
+  return 0;
+}
+
 void Pool::run(Task task, void* context, std::size_t count, int threads) {
-  Job job{task, context, count};
   std::unique_lock<std::mutex> running(running_, std::defer_lock);
   if (threads < 2 || count < 2 || !running.try_lock()) {
-    job.work();
+    for (std::size_t i = 0; i < count; ++i) task(context, i);
     return;
   }
+  Job job{task, context, cut(count)};
   grow(threads - 1);
   {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -82,7 +123,7 @@ void Pool::run(Task task, void* context, std::size_t count, int threads) {
     generation_.fetch_add(1, std::memory_order_release);
   }
   wake_.notify_all();
-  job.work();
+  job.work(caller_node());
   finish();
 }
 
@@ -101,13 +142,14 @@ void Pool::grow(int workers) {
   if (workers_ >= workers) return;
   SignalsBlocked blocked;
   try {
-    for (; workers_ < workers; ++workers_) std::thread(&Pool::worker, this).detach();
+    for (; workers_ < workers; ++workers_) std::thread(&Pool::worker, this, (workers_ + 1) % nodes_.size()).detach();
   } catch (const std::system_error&) {
     // No more threads to be had: those that exist do the work.
   }
 }
 
-void Pool::worker() {
+void Pool::worker(std::size_t node) {
+  if (nodes_.size() > 1) bind(nodes_[node]);
   unsigned seen = 0;
   for (;;) {
     spin_until([&] { return generation_.load(std::memory_order_acquire) != seen; });
@@ -119,7 +161,7 @@ void Pool::worker() {
     Job* job = job_;
     active_.fetch_add(1, std::memory_order_relaxed);
     lock.unlock();
-    job->work();
+    job->work(node);
     lock.lock();
     if (active_.fetch_sub(1, std::memory_order_release) == 1) idle_.notify_one();
   }

@@ -2,6 +2,7 @@
 
 struct V {
   using F = float;
+  using I = std::uint32_t;
   static constexpr int N = 1;
 
   static std::uint32_t bits(F x) {
@@ -23,6 +24,7 @@ struct V {
   static F div(F a, F b) { return a / b; }
   static F sqrt(F a) { return __builtin_sqrtf(a); }
   static F fma(F a, F b, F c) { return __builtin_fmaf(a, b, c); }    // a * b + c
+  static F fms(F a, F b, F c) { return __builtin_fmaf(a, b, -c); }   // a * b - c
   static F fnma(F a, F b, F c) { return __builtin_fmaf(-a, b, c); }  // c - a * b
 
   static F load_f32(const float* p) { return *p; }
@@ -67,6 +69,48 @@ struct V {
     const std::uint32_t u = is_nan(bits(x)) ? 0x7fc00000u : bits(x);
     *p = std::uint16_t((u + 0x8000u) >> 16);
     *r = std::int16_t(std::uint16_t(u));
+  }
+
+  // The bits of x; of a NaN, those of the one quiet NaN.
+  static I rounding_bits(F x) { return is_nan(bits(x)) ? 0x7fc00000u : bits(x); }
+  static F join24(const std::uint16_t* p, const std::uint8_t* c) {
+    return from_bits((std::uint32_t(*p) << 16) + (std::uint32_t(std::int32_t(std::int8_t(*c))) << 8));
+  }
+  // `step` with x's sign; x itself where it is zero or NaN.
+  static F toward(F step, F x) {
+    return x > 0.0f || x < 0.0f ? from_bits((bits(x) & 0x80000000u) | bits(step)) : x;
+  }
+
+  static I iset(std::uint32_t x) { return x; }
+  static I as_i(F x) { return bits(x); }
+  static F as_f(I x) { return from_bits(x); }
+  static I iadd(I a, I b) { return a + b; }
+  static I isub(I a, I b) { return a - b; }
+  static I imul(I a, I b) { return a * b; }
+  static I iand(I a, I b) { return a & b; }
+  static I ior(I a, I b) { return a | b; }
+  static I ixor(I a, I b) { return a ^ b; }
+  static I imin(I a, I b) { return a < b ? a : b; }
+  static I imax(I a, I b) { return a > b ? a : b; }
+  template <int K>
+  static I shl(I a) { return a << K; }
+  template <int K>
+  static I shr(I a) { return a >> K; }
+  static I lane_steps() { return 0; }  // i * 0x9e3779b9 in lane i
+  static std::uint32_t largest(I a) { return a; }
+  static I load_signed_bytes(const std::uint8_t* p) { return std::uint32_t(std::int32_t(std::int8_t(*p))); }
+  static I load_bytes(const std::uint8_t* p) { return *p; }
+  // Four vectors at a time: halves below 2^16; bytes of x - BASE, from LEAST to 255, with the signs of `sign` on top.
+  static void store_halves(std::uint16_t* p, const I (&x)[4]) {
+    for (int k = 0; k < 4; ++k) p[k] = std::uint16_t(x[k]);
+  }
+  template <int BASE, int LEAST>
+  static void store_bytes(std::uint8_t* p, const I (&x)[4]) {
+    for (int k = 0; k < 4; ++k) p[k] = std::uint8_t(imax(x[k] - BASE, LEAST));
+  }
+  template <int BASE>
+  static void store_signed_bytes(std::uint8_t* p, const I (&x)[4], const F* sign) {
+    for (int k = 0; k < 4; ++k) p[k] = std::uint8_t((x[k] - BASE) | (bits(sign[k]) >> 31) << 7);
   }
 
   struct Sum {

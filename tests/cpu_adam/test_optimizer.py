@@ -29,7 +29,7 @@ def train(optimizer, params, steps, seed=1):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "optimizer_state", "keys"),
+    ("dtype", "state_format", "keys"),
     [
         (torch.float32, "auto", set()),
         (torch.float32, "lossless", set()),
@@ -38,9 +38,9 @@ def train(optimizer, params, steps, seed=1):
         (torch.float16, "auto", {"master"}),
     ],
 )
-def test_state_keys_and_resume_bit_for_bit(dtype, optimizer_state, keys):
+def test_state_keys_and_resume_bit_for_bit(dtype, state_format, keys):
     p = param(dtype)
-    first = CPUAdamW([p], optimizer_state=optimizer_state)
+    first = CPUAdamW([p], state_format=state_format)
     train(first, [p], 5)
     state = first.state[p]
     assert set(state) == {"step", "exp_avg", "exp_avg_sq"} | keys
@@ -51,7 +51,7 @@ def test_state_keys_and_resume_bit_for_bit(dtype, optimizer_state, keys):
     torch.save(first.state_dict(), file)
     file.seek(0)
     q = torch.nn.Parameter(p.detach().clone())
-    second = CPUAdamW([q])
+    second = CPUAdamW([q], state_format=state_format)
     second.load_state_dict(torch.load(file))
     for key, value in state.items():
         assert same(second.state[q][key], value), key
@@ -64,8 +64,8 @@ def test_state_keys_and_resume_bit_for_bit(dtype, optimizer_state, keys):
 
 def test_a_16_bit_weight_follows_the_fp32_arithmetic():
     half = {s: param(torch.bfloat16) for s in ("fp32", "lossless")}
-    for optimizer_state, p in half.items():
-        optimizer = CPUAdamW([p], lr=1e-6, optimizer_state=optimizer_state)
+    for state_format, p in half.items():
+        optimizer = CPUAdamW([p], lr=1e-6, state_format=state_format)
         before = p.detach().clone()
         for _ in range(3000):
             p.grad = torch.ones_like(p)
@@ -121,7 +121,7 @@ def test_groups_schedulers_and_closures():
     a, b, frozen = param(seed=0), param(torch.bfloat16, seed=1), param(seed=2)
     groups = [
         {"params": [a], "lr": 0.5},
-        {"params": [b, frozen], "weight_decay": 0.0, "optimizer_state": "fp32"},
+        {"params": [b, frozen], "weight_decay": 0.0, "state_format": "fp32"},
     ]
     optimizer = CPUAdamW(groups, lr=0.1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.0 if t else 1.0)
@@ -217,7 +217,7 @@ def test_errors_are_torch_s(options):
         ({"amsgrad": True}, "amsgrad"),
         ({"fused": True}, "fused=True is not supported"),
         ({"capturable": True}, "capturable=True is not supported"),
-        ({"optimizer_state": "int4"}, "Invalid optimizer_state: 'int4'"),
+        ({"state_format": "int4"}, "Invalid state_format: 'int4'"),
     ],
 )
 def test_what_it_does_not_do(options, message):
@@ -233,12 +233,12 @@ def test_parameters_it_cannot_serve():
         with pytest.raises(ValueError, match=message):
             CPUAdamW([p])
     with pytest.raises(ValueError, match="lossless"):
-        CPUAdamW([param(torch.float16)], optimizer_state="lossless")
+        CPUAdamW([param(torch.float16)], state_format="lossless")
     with pytest.raises(ValueError, match="empty parameter list"):
         CPUAdamW([])
     optimizer = CPUAdamW([param()])
     with pytest.raises(ValueError, match="lossless"):
-        optimizer.add_param_group({"params": [param(torch.float16)], "optimizer_state": "lossless"})
+        optimizer.add_param_group({"params": [param(torch.float16)], "state_format": "lossless"})
     assert len(optimizer.param_groups) == 1
 
 

@@ -4,6 +4,7 @@ import ast
 import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -45,7 +46,7 @@ def one_step(given=None):
 
 def test_isas():
     assert kernels.isas()[-1] == "scalar"
-    assert kernels.isas() == [i for i in ("avx512", "avx2", "scalar") if i in kernels.isas()]
+    assert kernels.isas() == [i for i in ("avx512", "avx2", "neon", "scalar") if i in kernels.isas()]
     assert kernels.isa() in kernels.isas()
 
 
@@ -148,11 +149,7 @@ def test_the_stub_matches_the_module():
     assert all(isinstance(public[name], int) for name in constants)
     for name, arguments in functions.items():
         signature = inspect.getdoc(public[name]).splitlines()[0]
-        named = [
-            part.split(":")[0].strip()
-            for part in signature[signature.index("(") + 1 :].split(")")[0].split(",")
-        ]
-        assert [x for x in named if x] == arguments, name
+        assert re.findall(r"(\w+): ", signature) == arguments, name
 
 
 def test_the_kernels_import_nothing_else_of_the_package():
@@ -166,7 +163,65 @@ def test_the_kernels_import_nothing_else_of_the_package():
 
 def test_the_benchmark_runs(tmp_path):
     out = tmp_path / "bench.json"
-    done = python("benchmarks/bench_cpu_adam.py", "--numel", "70000", "--repeats", "2", "--json", str(out))
+    size = ["--numel", "70016", "--many", "6400", "100", "--threads", "2", "--rounds", "1", "--repeats", "2"]
+    done = python("benchmarks/bench_adam.py", *size, "--json", str(out))
     assert done.returncode == 0, done.stderr
-    result = json.loads(out.read_text())
-    assert {r["case"] for r in result["rows"]} >= {"streaming limit", "fp32", "torch fused", "torch foreach"}
+    flat, many = json.loads(out.read_text())["tables"]
+    assert not [r["error"] for r in flat["rows"] + many["rows"] if r["error"]]
+    isa = kernels.isas()[0]
+    assert {r["contender"] for r in flat["rows"]} >= {f"int8-24bit, bfloat16, {isa}", "lion, int8", "torch fused"}
+    assert all(r["of_limit"] > 0 for r in flat["rows"] if r.get("format") and r["rule"] == "adam")
+
+
+def test_numa_nodes_are_read_as_linux_writes_them(tmp_path):
+    mine = sorted(os.sched_getaffinity(0))
+    for name, cpus in (("node0", "0-1,4\n"), ("node12", f"{mine[-1]}\n"), ("power", "0\n"), ("node3", "\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "cpulist").write_text(cpus)
+    lists = _cpu_adam.numa_nodes(str(tmp_path))
+    assert sorted(c for node in lists for c in node) == mine and all(lists)
+    assert lists[-1] == [mine[-1]] or len(mine) == 1
+    assert _cpu_adam.numa_nodes(str(tmp_path / "none")) == [mine]
+
+
+def test_several_nodes_change_no_bit(tmp_path):
+    """Workers bound to nodes and runs taken node by node, on nodes of one processor each."""
+    for k, cpu in enumerate(sorted(os.sched_getaffinity(0))):
+        (tmp_path / f"node{k}").mkdir()
+        (tmp_path / f"node{k}" / "cpulist").write_text(f"{cpu}\n")
+    code = (
+        "import torch; from tierflow.cpu_adam import kernels as k, _cpu_adam as c; "
+        "x = torch.arange(3_000_001.0); y = torch.zeros(3_000_001); "
+        "print(len(c.numa_nodes('')), [k.intake(y, x, accumulate=True, threads=n).sum_squares.hex() for n in (1, 2, 5)])"
+    )
+    several = python("-c", code, TIERFLOW_NODE_DIR=str(tmp_path))
+    one = python("-c", code, TIERFLOW_NODE_DIR=str(tmp_path / "none"))
+    assert several.returncode == one.returncode == 0, several.stderr + one.stderr
+    assert several.stdout.split()[0] == str(len(os.sched_getaffinity(0))) and one.stdout.split()[0] == "1"
+    assert several.stdout.split()[1:] == one.stdout.split()[1:]
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two processors")
+def test_one_warning_for_a_step_on_fewer_threads_than_there_are_processors():
+    code = """if True:
+        import os, warnings
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
+        import torch
+        from tierflow.cpu_adam import CPUAdamW, kernels
+        warnings.simplefilter("always")
+        params = [torch.nn.Parameter(torch.ones(1 << 20)) for _ in range(2)]
+        optimizer = CPUAdamW(params)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        with warnings.catch_warnings(record=True) as seen:
+            optimizer.step()
+            optimizer.step()
+        print([str(w.message) for w in seen])
+        with warnings.catch_warnings(record=True) as seen:
+            kernels.intake(params[0].detach(), params[1].detach(), accumulate=True)
+        print(len(seen))
+    """
+    done = python("-c", code)
+    first, second = done.stdout.splitlines()
+    assert first.count("runs on 1 of this machine's") == 1 and second == "0", done.stderr
+    assert "warn" not in python("-c", code.replace("[:1]", "")).stdout.replace("[]", "")

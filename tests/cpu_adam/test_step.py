@@ -205,8 +205,8 @@ BAD = {
     "param must be a torch.Tensor": ({"param": None}, TypeError),
     "grad must be a dense": ({"grad": torch.zeros(8).to_sparse()}, ValueError),
     "is not a format": ({"master": torch.zeros(8)}, TypeError),
-    "no master is not a format": ({"param": torch.zeros(8, dtype=torch.bfloat16)}, TypeError),
-    "fp16 takes": (
+    "no master and moments of torch.float32 is not a format": ({"param": torch.zeros(8, dtype=torch.bfloat16)}, TypeError),
+    "fp16 an fp32 master": (
         {"param": torch.zeros(8, dtype=torch.float16), "master": torch.zeros(8, dtype=torch.int16)},
         TypeError,
     ),
