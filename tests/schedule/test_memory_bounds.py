@@ -92,7 +92,6 @@ def held(engine: Any) -> dict[str, int]:
     found["pieces"] = len(updates._reading) + len(updates._computing) + len(updates._writing)
     found["jobs"] = len(updates._jobs) + len(updates._waiting)
     found["marks"] = len([i for i in manager._marks if (i, Tier.DEVICE) not in manager._leases])
-    manager.store._sweep()
     found["tickets"] = sum(not t.done() for t in manager.store._under_way.values())
     found["trace"] = len(engine.recorder.trace.order)
     found["attempts"] = 0 if engine.speculation is None else len(engine.speculation._attempts) + len(engine.speculation._ready)
