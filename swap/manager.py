@@ -17,6 +17,7 @@ from tierflow.aio import Extent, Store
 from tierflow.swap.lanes import DeviceLane, Ticket, finish
 from tierflow.swap.ledger import Event, Ledger
 from tierflow.swap.pool import Lease, Pool
+from tierflow.swap.room import Place, cheapest
 from tierflow.swap.timeline import Lane, Timeline
 from tierflow.swap.types import IO_BYTES, CapacityError, Chunk, CopyState, Tier
 
@@ -191,29 +192,17 @@ class Manager:
                 )  # fmt: skip
 
     def _cheapest(self, tier: Tier, nbytes: int, victims: Victims) -> list[Chunk] | None:
-        """Copies that lie side by side and whose going makes a run of ``nbytes``, the nearest use of theirs as far as
-        can be; None if there is no such run. ``victims`` lists what may go, the farthest use first.
+        """The copies to give up for a run of ``nbytes``; None if there is no such run. ``victims`` lists what may go, the
+        farthest use first.
         """
         pool = self.pools[tier].working
-        rows: list[tuple[int, int, int, Chunk | None]] = [(at, size, -1, None) for at, size in pool.runs]
+        places = [Place(at, size, -1, None) for at, size in pool.runs]
         for rank, chunk in enumerate(victims(tier)):
             if self.evictable(chunk, tier):
                 lease = self._leases[chunk.id, tier]
                 if lease.pool is pool:
-                    rows.append((lease.offset, lease.nbytes, rank, chunk))
-        rows.sort(key=lambda row: row[0])
-        best: list[tuple[int, int, int, Chunk | None]] | None = None
-        first = 0
-        for last in range(len(rows)):
-            if last and rows[last - 1][0] + rows[last - 1][1] != rows[last][0]:
-                first = last  # something between the two stays
-            end = rows[last][0] + rows[last][1]
-            while first < last and end - rows[first + 1][0] >= nbytes:
-                first += 1
-            window = rows[first : last + 1]
-            if end - rows[first][0] >= nbytes and (best is None or _loss(window) < _loss(best)):
-                best = window
-        return None if best is None else [chunk for _, _, _, chunk in best if chunk is not None]
+                    places.append(Place(lease.offset, lease.nbytes, rank, chunk))
+        return cheapest(places, nbytes)
 
     def _compact(self, tier: Tier, nbytes: int) -> bool:
         """Moves copies together where enough is free, but not in one run; whether ``nbytes`` fit now.
@@ -541,11 +530,6 @@ class Manager:
         if self.store is not None:
             self.store.close()
             self.store = None
-
-
-def _loss(window: list[tuple[int, int, int, Chunk | None]]) -> tuple[int, int]:
-    """What giving up a window costs: how near its nearest use is, then bytes."""
-    return max(rank for _, _, rank, _ in window), sum(size for _, size, rank, _ in window if rank >= 0)
 
 
 def _quietly(ticket: Ticket) -> None:
