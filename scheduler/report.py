@@ -19,13 +19,14 @@ _STATES = (Kind.MASTER, Kind.EXP_AVG, Kind.EXP_AVG_SQ)
 class Report:
     """A mean step. ``lanes`` holds its busy seconds, bytes and waits; ``floor`` what each resource needs at least.
 
-    ``steps``: how many steps it is the mean of. ``advice``: one sentence on what would help most.
+    ``steps``: how many steps it is the mean of. ``advice``: one sentence on what would help most. ``notes``: further lines.
     """
 
     steps: int
     lanes: Lanes
     floor: Floor
     advice: str
+    notes: tuple[str, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -61,6 +62,7 @@ class Report:
         for name, seconds in self.floor.resources.items():
             lines.append(f"floor: {name:18}{seconds:9.3f} s{'  <- bounds' if name == self.floor.bound else ''}")
         lines.append(f"what would help most: {self.advice}")
+        lines += self.notes
         return "\n".join(lines)
 
     __str__ = text

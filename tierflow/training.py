@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -173,8 +174,12 @@ class TrainingEngine:
     # ---- around it
 
     def report(self) -> Report:
-        """Where the last step's time went, beside its floor. Raises RuntimeError before the first step has ended."""
-        return self.optimizer.engine.report()
+        """Where the last step's time went, beside its floor, and the order of its micro-batches.
+
+        Raises RuntimeError before the first step has ended.
+        """
+        report = self.optimizer.engine.report()
+        return replace(report, notes=(str(self.accumulation),)) if self.accumulation else report
 
     def close(self) -> None:
         """Gives all memory and disk back; the model's parameters hold no data afterwards."""

@@ -582,3 +582,10 @@ def test_the_gradient_of_a_tied_head_waits_too(tmp_path) -> None:
     for name, expected in (("llama", 4 * VOCAB * 32), ("untied", 0)):
         with engine_for(build(name), tmp_path) as engine:
             assert tied_gradients(engine.optimizer.engine.units) == expected
+
+
+def test_the_report_names_the_order_of_micro_batches(tmp_path) -> None:
+    with engine_for(build("llama"), tmp_path, order="layer_major") as engine:
+        train(engine, text(steps=2))
+        assert engine.report().text().splitlines()[-1] == str(engine.accumulation)
+        assert str(engine.accumulation).startswith(f"accumulation: layer_major, {COUNT} micro-batches in turns")
