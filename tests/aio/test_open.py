@@ -98,7 +98,7 @@ def test_more_than_any_disk_has(tmp_path: Path) -> None:
 
 def test_memory_is_buffered_and_says_so(small_tmpfs: Path, engine: str) -> None:
     with aio.open(small_tmpfs, MIB, engine=engine) as store:  # type: ignore[arg-type]
-        assert not store.direct and store.alignment == 512
+        assert not store.direct and store.alignment == store.memory_alignment == 1
         assert store.note is not None and "tmpfs" in store.note
 
 

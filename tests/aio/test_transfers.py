@@ -120,21 +120,6 @@ def test_nothing_outside_the_buffer_is_touched(store: aio.Store, memory: Any) ->
     assert around[:] == b"." * 64 * KIB + b"x" * 64 * KIB + b"." * 64 * KIB
 
 
-@pytest.mark.parametrize("field", ["memory address", "offset", "length"])
-def test_misaligned(store: aio.Store, memory: Any, field: str) -> None:
-    store.allocate(MIB)
-    view = memoryview(memory(8192))
-    buffer, offset = {
-        "memory address": (view[8 : 8 + 4096], 0),
-        "offset": (view[:4096], 100),
-        "length": (view[:100], 0),
-    }[field]
-    for start in (store.read, store.write):
-        with pytest.raises(ValueError, match=rf"^{field} \d+ is not a multiple of {store.alignment}"):
-            start(buffer, offset)
-    assert store.bytes_read == store.bytes_written == 0
-
-
 def test_outside_the_extent(store: aio.Store, memory: Any) -> None:
     first, second = store.allocate(8192), store.allocate(8192)
     for offset in (first.offset + 4096, second.offset + 4096, second.end, -4096, 1 << 40):
