@@ -255,10 +255,12 @@ def free(path: Path) -> int:
     return info.f_bfree * info.f_frsize
 
 
-def test_a_child_that_outlives_its_parent_keeps_no_space(small_tmpfs: Path, engine: str, memory: Any) -> None:
+def test_a_child_that_outlives_its_parent_keeps_no_space(
+    small_tmpfs: Path, engine: str, environment: dict[str, str]
+) -> None:
     parent = subprocess.Popen(
         [sys.executable, "-c", FORK_AND_DIE, str(small_tmpfs), engine],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env=environment,
         stdout=subprocess.PIPE,
         start_new_session=True,
     )
