@@ -77,11 +77,9 @@ bool Engine::later(Block& block) {
 void Engine::retire(Block& block, const Failure& failure) {
   const TicketPtr ticket = std::move(block.ticket);
   block.bounce.reset();
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (backlog_.release(block, ticket->op) || closing_) wake();
-  }
-  ticket->block_done(failure);
+  ticket->block_done(failure);  // before others go because of it: by the times, too, it ends before they begin
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (backlog_.release(block, ticket->op) || closing_) wake();
 }
 
 std::thread start_thread(std::function<void()> body) {

@@ -146,6 +146,25 @@ def test_what_a_failed_write_left_is_not_taken_for_good(
         assert raised.value.offset == BLOCK
 
 
+@needs_hook
+def test_an_fsync_stands_between_writes(disk: Path, engine: str, memory: Any, inject: Inject) -> None:
+    inject("write", 0, 1, error=errno.EAGAIN, times=60)  # a tenth of a second
+    with aio.open(disk, NBYTES, engine=engine, block_size=BLOCK, durability="fdatasync") as store:  # type: ignore[arg-type]
+        store.allocate(NBYTES)
+        before = [store.write(memory(BLOCK), at * BLOCK) for at in (0, 1)]
+        barrier = store.fsync()
+        after = store.write(memory(BLOCK), 2 * BLOCK)
+        second = store.fsync()
+        last = store.write(memory(BLOCK), 3 * BLOCK)
+        read = store.read(memory(BLOCK), 4 * BLOCK)
+        order = [before[0], barrier, after, second, last]
+        for ticket in [*order, before[1], read]:
+            ticket.wait()
+        times = [time for ticket in order for time in (ticket.began, ticket.ended)]
+        assert times == sorted(times)  # type: ignore[type-var]
+        assert read.ended < before[0].ended and before[1].ended < before[0].ended  # type: ignore[operator]
+
+
 def test_in_a_build_with_faults(tmp_path: Path) -> None:
     if hasattr(EXTENSION, "inject"):
         pytest.skip("this is that build")

@@ -25,11 +25,18 @@ TESTS = ["tests/aio"]
 
 
 def runtime(sanitizer: str) -> str:
-    """Where the compiler keeps the sanitizer's library. Exits where it has none."""
-    asked = [sys.argv[0], f"-print-file-name={RUNTIME[sanitizer]}"]
-    found = subprocess.run(["c++", *asked[1:]], capture_output=True, text=True, check=True).stdout.strip()
+    """What to preload. Exits where the compiler has no such library.
+
+    The C++ library comes with it: the sanitizer looks for its functions when Python, which has none, starts.
+    """
+    return " ".join(_library(name) for name in (RUNTIME[sanitizer], "libstdc++.so.6"))
+
+
+def _library(name: str) -> str:
+    asked = ["c++", f"-print-file-name={name}"]
+    found = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
     if not Path(found).is_absolute():
-        sys.exit(f"sanitize: the compiler c++ has no {RUNTIME[sanitizer]}; GCC's comes with its g++ package")
+        sys.exit(f"sanitize: the compiler c++ has no {name}; GCC's comes with its g++ package")
     return str(Path(found).resolve())
 
 
