@@ -223,6 +223,6 @@ def test_spoilt_system_calls_without_any_privilege(
         )
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"no C compiler: {error}")
-    monkeypatch.setenv("LD_PRELOAD", str(shim))
+    monkeypatch.setenv("LD_PRELOAD", f"{os.environ.get('LD_PRELOAD', '')} {shim}".strip())  # a sanitizer goes first
     done = python(UNDER_THE_SHIM, disk)
     assert done.stdout.split() == ["True", str(1 << 20), str(1 << 20)], done.stderr
