@@ -157,7 +157,7 @@ def _paths(path: OnePath | Sequence[OnePath]) -> list[str]:
 
 
 def _depths(queue_depth: int | Sequence[int], paths: int) -> list[int]:
-    depths = list(queue_depth) if isinstance(queue_depth, (list, tuple)) else [queue_depth] * paths
+    depths = list(queue_depth) if isinstance(queue_depth, Sequence) else [queue_depth] * paths
     if len(depths) != paths:
         raise ValueError(f"queue_depth has {len(depths)} entries and there are {paths} paths: one for each is needed")
     for depth in depths:
