@@ -1,4 +1,4 @@
-"""The tests of aio, and of cpu_adam's kernels, under AddressSanitizer and ThreadSanitizer: ``./run sanitize``.
+"""The tests of aio under AddressSanitizer and ThreadSanitizer: ``./run sanitize``.
 
     python sanitize.py [address] [thread] [arguments of pytest]
 """
