@@ -7,7 +7,6 @@ bytes of host memory (and half of that on an accelerator) outside the caps meanw
 from __future__ import annotations
 
 import errno
-import math
 import shutil
 import time
 from collections import deque
@@ -20,6 +19,7 @@ import torch
 from tierflow import aio
 from tierflow.cpu_adam import kernels, reference
 from tierflow.scheduler.placement import Placement
+from tierflow.scheduler.rates import NEVER, Bandwidths
 from tierflow.scheduler.units import Unit
 from tierflow.swap import IO_BYTES, Arena, Kind, Tier
 from tierflow.swap.lanes import finish
@@ -34,24 +34,6 @@ PROBE_MEMORY = 128 << 20
 DRIVE_SECONDS = 0.25
 OTHER_SECONDS = 0.1
 _ELEMENTS = 1 << 23
-_NEVER = math.inf
-
-
-@dataclass(frozen=True)
-class Bandwidths:
-    """Rates in bytes per second, ``update`` in elements per second; infinite for a path that is not in use.
-
-    ``mixed_read`` and ``mixed_write`` hold while the drive does both. ``intake`` counts bytes of incoming gradients.
-    """
-
-    read: float = _NEVER
-    write: float = _NEVER
-    mixed_read: float = _NEVER
-    mixed_write: float = _NEVER
-    to_device: float = _NEVER
-    to_host: float = _NEVER
-    update: float = _NEVER
-    intake: float = _NEVER
 
 
 @dataclass(frozen=True)
@@ -86,7 +68,7 @@ def probe(paths: Paths) -> Bandwidths:
     try:
         memory = arena.bytes_at(0, arena.nbytes)
         memory.fill_(1)  # pages that were never touched would be made during the measurement
-        drive = _drive(paths, memory) if paths.nvme_path is not None else (_NEVER, _NEVER, _NEVER, _NEVER)
+        drive = _drive(paths, memory) if paths.nvme_path is not None else (NEVER, NEVER, NEVER, NEVER)
         links = _copies(paths.device, memory)
     finally:
         del memory

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from tierflow import aio
-from tierflow.scheduler.bandwidth import Bandwidths, paths_of, probe
+from tierflow.scheduler.bandwidth import paths_of, probe
 from tierflow.scheduler.binding import Binder, raw
 from tierflow.scheduler.contents import follow_user, read_parameter, store_parameter, write_back
 from tierflow.scheduler.due import DueUpdates
@@ -25,6 +25,7 @@ from tierflow.scheduler.hooks import ModelHooks, in_backward
 from tierflow.scheduler.jobs import Job
 from tierflow.scheduler.placement import AHEAD
 from tierflow.scheduler.plan import MemoryPlan
+from tierflow.scheduler.rates import Bandwidths
 from tierflow.scheduler.report import Report, make_report
 from tierflow.scheduler.rules import Rule
 from tierflow.scheduler.scaling import Scaling

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from tierflow.scheduler.bandwidth import Bandwidths
+from tierflow.scheduler.rates import Bandwidths
 from tierflow.scheduler.floor import ACCELERATOR, DRIVE, PROCESSOR, Floor, Work, floor
 from tierflow.scheduler.plan import MemoryPlan
 from tierflow.swap import Kind, Lane, Lanes, Tier

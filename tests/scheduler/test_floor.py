@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tierflow.scheduler.bandwidth import Bandwidths
+from tierflow.scheduler.rates import Bandwidths
 from tierflow.scheduler.floor import Work, drive_seconds, floor
 
 #: Round rates: bytes (elements) per second.
