@@ -47,18 +47,24 @@ class Paths:
     master_dtype: torch.dtype | None = None
     grad_dtype: torch.dtype = torch.float32
     update_on_device: bool = False
+    #: The drive's rates where they were measured before, by `tierflow tune`.
+    drive: Bandwidths | None = None
 
 
 def paths_of(
-    units: list[Unit], placement: Placement, device: torch.device, nvme_path: str | None, aio_options: dict[str, Any]
-) -> Paths:
-    """The paths of a run. The kernels' format is the one that most of the trained elements have."""
+    units: list[Unit], placement: Placement, device: torch.device, nvme_path: str | None, aio_options: dict[str, Any],
+    drive: Bandwidths | None = None,
+) -> Paths:  # fmt: skip
+    """The paths of a run. The kernels' format is the one that most of the trained elements have.
+
+    ``drive``: the drive's rates, if they were measured before.
+    """
     unit = max((u for u in units if u.trainable), key=lambda u: u.chunk.numel)
     master = unit.chunks.get(Kind.MASTER)
     dtypes = {2: torch.int16, 4: torch.float32}
     return Paths(
         device, nvme_path, aio_options, unit.dtype, dtypes[master.itemsize] if master else None,
-        placement.grad_dtype or unit.dtype, placement.optimizer is Tier.DEVICE,
+        placement.grad_dtype or unit.dtype, placement.optimizer is Tier.DEVICE, drive,
     )  # fmt: skip
 
 
@@ -80,8 +86,10 @@ def probe(paths: Paths) -> Bandwidths:
 
 
 def _drive(paths: Paths, memory: torch.Tensor) -> tuple[float, float, float, float]:
-    """(read, write, mixed read, mixed write) through a store like the one in use."""
+    """(read, write, mixed read, mixed write) as known, or through a store like the one in use."""
     assert paths.nvme_path is not None
+    if paths.drive is not None:
+        return paths.drive.read, paths.drive.write, paths.drive.mixed_read, paths.drive.mixed_write
     size = _file_bytes(paths.nvme_path)
     with aio.open(paths.nvme_path, size, **paths.aio_options) as store:
         begin = store.allocate(size).offset

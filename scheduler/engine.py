@@ -72,6 +72,7 @@ class Engine:
         self.binder = Binder(units, self.device, self)
         self.bandwidths: Bandwidths | None = None
         self.io_options: dict[str, Any] = {}
+        self.drive: Bandwidths | None = None
         self.last_step: Lanes | None = None
         self.on_step: Callable[[], None] = lambda: None  # called after each update
         self.on_close: Callable[[], None] = lambda: None
@@ -416,7 +417,7 @@ class Engine:
     def report(self, lanes: Lanes | None = None, steps: int = 1) -> Report:
         """Where the time of the last finished step went (or ``lanes``, the mean of ``steps``), beside its floor.
 
-        The first call measures the paths in use, for two seconds. Raises RuntimeError before the first step has ended.
+        The first call measures the paths in use, for two seconds (the drive only without a profile). Raises RuntimeError before the first step has ended.
         """
         lanes = lanes or self.last_step
         if lanes is None:
@@ -424,7 +425,7 @@ class Engine:
         if self.bandwidths is None:
             store = self.manager.store
             placement, path = self.plan.placement, store.path if store else None
-            self.bandwidths = probe(paths_of(self.units, placement, self.device, path, self.io_options))
+            self.bandwidths = probe(paths_of(self.units, placement, self.device, path, self.io_options, self.drive))
         trained = sum(u.chunk.numel for u in self.units if u.trainable)
         return make_report(lanes, self.plan, self.bandwidths, trained, steps)
 

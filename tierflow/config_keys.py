@@ -192,6 +192,8 @@ _ZERO_KEYS = [
 ]
 
 _AIO = [
+    _honoured("aio.profile", "the path of a profile that `tierflow tune` wrote", "none", "",
+              '"aio": "profile.json" is short for it; keys given beside it come before its settings'),
     _honoured("aio.block_size", 'a size from 1 byte to 1GiB (rounded up to 4096), or "auto"', "2097152", "bytes"),
     _honoured("aio.queue_depth", 'a whole number from 1 to 4096, or "auto"', "16", "blocks in flight (io_uring)"),
     _honoured("aio.thread_count", 'a whole number from 1 to 1024, or "auto"', "8", "threads (engine threads only)"),

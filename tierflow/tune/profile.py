@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tierflow.scheduler.rates import Bandwidths
 
-FORMAT = "tierflow-tune-1"
+FORMAT: Literal["tierflow-tune-1"] = "tierflow-tune-1"
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 

@@ -13,7 +13,7 @@ KEPT = 0.5
 #: What a neighbour must be better by to become the best: less is the machine's noise.
 WORTH = 1.02
 #: Steps of the walk; each looks at some eight neighbours.
-MOST_MOVES = 3
+MOST_MOVES = 2
 
 
 class Meter(Protocol):

@@ -75,7 +75,7 @@ class CandidateMeter:
         self.limit = int(rig.budget.limit * SEARCH_BYTES)
         #: What a look may write: the search's bytes, less those that fill files, over the looks that it will take.
         fills = nbytes * len(rig.paths) * (starts + NEAR)
-        self.each = max(self.limit - rig.budget.written - fills, self.limit // 10) // (11 * starts)
+        self.each = max(self.limit - rig.budget.written - fills, self.limit // 10) // (20 * starts)
         self.open: dict[Setting, Candidate] = {}
         self.known: dict[Setting, Candidate] = {}
         self.refused: dict[str, int] = {}
@@ -186,11 +186,11 @@ def take_figures(rig: Rig, setting: Setting, size: int, watcher: Watcher) -> dic
     return found
 
 
-def effects(finding: Finding) -> dict[str, list[tuple[object, float]]]:
+def effects(finding: Finding) -> dict[str, list[tuple[str | int, float]]]:
     """For each knob its values and the score of the best with that value alone, relative to the best itself."""
     scores = {setting: score for setting, score, _ in finding.tried}
     top = scores.get(finding.best)
-    found: dict[str, list[tuple[object, float]]] = {}
+    found: dict[str, list[tuple[str | int, float]]] = {}
     for knob in (f.name for f in dataclasses.fields(Setting)):
         own = getattr(finding.best, knob)
         values = {
@@ -198,5 +198,5 @@ def effects(finding: Finding) -> dict[str, list[tuple[object, float]]]:
             for s, score in scores.items()
             if top and replace(s, **{knob: own}) == finding.best
         }
-        found[knob] = sorted(values.items(), key=lambda item: str(item[0]) if isinstance(item[0], str) else item[0])
+        found[knob] = sorted(values.items(), key=lambda item: item[0] if isinstance(item[0], str) else f"{item[0]:020d}")
     return found

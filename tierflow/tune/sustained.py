@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from tierflow import aio
 from tierflow.sizes import format_size
+from tierflow.tune.knobs import Setting
 from tierflow.tune.load import median
 from tierflow.tune.rig import TRANSFER, Rig
-from tierflow.tune.knobs import Setting
 from tierflow.tune.stores import open_stores
 
 #: What endurance is told against, where nobody knows the drive's own: a usual rating of a 1 TB consumer drive.
