@@ -104,7 +104,7 @@ def _profile(options: Options, job: Job, facts: Facts, doubts: list[str], rig: R
         write=_load(finding.figures["write"]) if "write" in finding.figures else None,
         mixed=_load(finding.figures["mixed"]) if "mixed" in finding.figures else None,
         effects={knob: {str(value): round(ratio, 4) for value, ratio in values} for knob, values in effects(finding).items()},
-        tried=[Tried(**dataclasses.asdict(s), score=score, rates=dict(rates)) for s, score, rates in finding.tried],
+        tried=[Tried(**dataclasses.asdict(s), score=score, rates={str(k): v for k, v in rates.items()}) for s, score, rates in finding.tried],
         complete=finding.outcome.complete, seconds=0.0, bytes_written=0, cautions=doubts,
         machine={
             "device": device, "cpu": cpu.name, "cores": cpu.cores, "kernel": platform.release(),
