@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from aio.contenders import Field
 from aio.summary import row
-from rich.console import Console
+from aio.worker import own_the_processor
+from tierflow.tune.profile import read_profile
 
 #: A plain program's requests: what `tune` moved at once too.
 REQUEST = 4 << 20
@@ -22,12 +24,10 @@ def check_profile(path: str, seconds: float, rounds: int, with_fio: bool, consol
 
     The profile's mixed load is 14 reads to 12 writes, the plain one's and fio's 1 to 1: both directions are added.
     """
-    from tierflow.tune.profile import read_profile
-
     with tempfile.TemporaryDirectory(prefix="bench-aio-") as folder:
         target = Path(folder) / "profile.json"
         words = [sys.executable, "-m", "tierflow", "tune", path, "--time", str(seconds), "--output", str(target)]
-        done = subprocess.run(words, capture_output=True, text=True, start_new_session=True, preexec_fn=_raise)
+        done = subprocess.run(words, capture_output=True, text=True, start_new_session=True, preexec_fn=own_the_processor)
         if done.returncode:
             raise RuntimeError(f"tierflow tune failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
         profile = read_profile(target)
@@ -59,10 +59,3 @@ def check_profile(path: str, seconds: float, rounds: int, with_fio: bool, consol
             shown = ", ".join(f"{key} {r['rate'] / 1e9:.2f}" for key, r in rows.items() if "rate" in r)
             console.print(f"profile, {kind}: {promised / 1e9:.2f} GB/s; plain runs: {shown}; {ratio:.2f}, {within}", highlight=False)
     return found
-
-
-def _raise() -> None:
-    from aio.worker import own_the_processor
-
-    own_the_processor()
-    os.environ.setdefault("COLUMNS", "120")

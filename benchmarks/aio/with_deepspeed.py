@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import partial
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["TORCH_EXTENSIONS_DIR"] = os.path.join(sys.prefix, "operators")  # where install_deepspeed.sh built it
@@ -63,7 +64,7 @@ class Contender:
 
 def main() -> None:
     contender = Contender(json.loads(sys.argv[1])["window"])
-    serve({"version": deepspeed.__version__, "huge_bytes": contender.huge_bytes()}, contender.measure)
+    serve({"version": deepspeed.__version__, "huge_bytes": contender.huge_bytes()}, lambda run: partial(contender.measure, run))
 
 
 if __name__ == "__main__":

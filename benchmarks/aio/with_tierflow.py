@@ -12,6 +12,8 @@ import mmap
 import os
 import sys
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from itertools import cycle
 
 from aio.worker import Run, serve
@@ -37,8 +39,7 @@ class Contender:
     def __init__(self, paths: list[str], nbytes: int, options: dict[str, object], window: int):
         self.stores = [aio.open(path, nbytes, **options) for path in paths]
         self.begins = [store.allocate(nbytes).offset for store in self.stores]
-        self.nbytes = nbytes
-        self.buffers = {huge: memory(window, huge) for huge in (False, True)}
+        self.nbytes, self.window = nbytes, window
 
     def files(self) -> list[str]:
         """Where another process can open the stores' files, in the order of the paths."""
@@ -51,10 +52,13 @@ class Contender:
                     break
         return found
 
-    def measure(self, run: Run) -> int:
+    def prepare(self, run: Run) -> Callable[[], int]:
+        """Fresh memory: which physical pages lie beside each other is luck that no contender should keep for good."""
+        return partial(self.measure, run, memory(self.window, run["huge"]))
+
+    def measure(self, run: Run, buffer: memoryview) -> int:
         """Keeps "in_flight" requests under way until "nbytes" have been moved."""
         request, count = run["request"], run["in_flight"]
-        buffer = self.buffers[run["huge"]]
         pieces = [buffer[at : at + request] for at in range(0, request * count, request)]
         under_way: deque[aio.Ticket] = deque()
         todo = self._requests(run["kind"], request)
@@ -83,7 +87,7 @@ class Contender:
     def fill(self) -> None:
         """Writes every byte once: unwritten blocks are not read from the drive."""
         for store, begin in zip(self.stores, self.begins, strict=True):
-            buffer = self.buffers[True]
+            buffer = memory(self.window, huge=True)
             for at in range(0, self.nbytes, len(buffer)):
                 store.write(buffer[: min(len(buffer), self.nbytes - at)], begin + at).wait()
 
@@ -93,7 +97,7 @@ def main() -> None:
     contender = Contender(spec["paths"], spec["bytes"], spec["options"], spec["window"])
     contender.fill()
     store = contender.stores[0]
-    serve({"files": contender.files(), "engine": store.engine, "direct": store.direct, "note": store.note}, contender.measure)
+    serve({"files": contender.files(), "engine": store.engine, "direct": store.direct, "note": store.note}, contender.prepare)
 
 
 if __name__ == "__main__":

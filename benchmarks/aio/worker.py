@@ -27,14 +27,17 @@ def own_the_processor() -> None:
         return
 
 
-def serve(hello: dict[str, Any], measure: Callable[[Run], int]) -> None:
-    """Says hello and runs what is asked for until stdin ends. ``measure`` moves the bytes and returns how many."""
+def serve(hello: dict[str, Any], prepare: Callable[[Run], Callable[[], int]]) -> None:
+    """Says hello and runs what is asked for until stdin ends.
+
+    ``prepare`` does what is not timed and returns what is: it moves the bytes and says how many.
+    """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries that print do so elsewhere
     _say(answers, hello)
     for line in sys.stdin:
         try:
-            _say(answers, timed(lambda run=json.loads(line): measure(run)))
+            _say(answers, timed(prepare(json.loads(line))))
         except Exception as error:
             _say(answers, {"error": f"{type(error).__name__}: {error}"})
 
