@@ -86,7 +86,8 @@ KNOBS = tuple(field.name for field in fields(Setting))
 
 
 def _column(values: tuple[Any, ...], count: int, rng: random.Random) -> list[Any]:
-    column = [values[n % len(values)] for n in range(count)]
+    first = rng.randrange(len(values))  # which values come once more than others is chance
+    column = [values[(first + n) % len(values)] for n in range(count)]
     rng.shuffle(column)
     return column
 
