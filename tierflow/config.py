@@ -79,7 +79,9 @@ class Config(Block):
     def aio_options(self) -> dict[str, Any]:
         """The keyword arguments of ``tierflow.aio.open`` that are set."""
         threads = self.aio.intra_op_parallelism or self.aio.thread_count
-        options = {"block_size": self.aio.block_size, "queue_depth": self.aio.queue_depth, "threads": threads}
+        options = {
+            "block_size": self.aio.block_size, "queue_depth": self.aio.queue_depth, "threads": threads, "rings": self.aio.rings
+        }  # fmt: skip
         return {"engine": self.tierflow.engine} | {k: v for k, v in options.items() if v is not None}
 
     def resolved(self) -> dict[str, Any]:

@@ -199,6 +199,7 @@ _AIO = [
     _honoured("aio.thread_count", 'a whole number from 1 to 1024, or "auto"', "8", "threads (engine threads only)"),
     _honoured("aio.intra_op_parallelism", 'a whole number from 1 to 1024, or "auto"', "aio.thread_count",
               "threads", "DeepSpeed's newer name for thread_count"),
+    _honoured("aio.rings", 'a whole number from 1 to 64, or "auto"', "1", "io_uring instances", "they share the queue's depth"),
     *_many(Role.UNUSED, "aio", BOOL, "single_submit overlap_events",
            "requests are always submitted together and kept in flight across tensors"),
     Key("aio.use_gds", Role.UNUSED, BOOL, note="transfers between device and NVMe pass through host memory"),

@@ -108,6 +108,7 @@ class AioBlock(Block):
     queue_depth: Annotated[Positive, Field(le=4096)] | None = None
     thread_count: Annotated[Positive, Field(le=1024)] | None = None
     intra_op_parallelism: Annotated[Positive, Field(le=1024)] | None = None
+    rings: Annotated[Positive, Field(le=64)] | None = None
 
 
 class Bf16Block(Block):

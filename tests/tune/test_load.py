@@ -30,9 +30,9 @@ def folders(tmp_path: Path) -> list[str]:
 
 
 def test_a_fill_writes_every_place_once_and_a_load_stays_inside(folders: list[str]) -> None:
-    (store,) = open_stores(folders[:1], 8 * MIB, SMALL)
+    (store,) = open_stores(folders[:1], 8 * MIB, SMALL, [1.0])
     with store:
-        spots = lay_out([store], 8 * MIB, MIB, [1.0])
+        spots = lay_out([store], MIB)
         assert sorted(s.offset for s in spots) == [n * MIB for n in range(8)]
         pieces = Pages(4 * MIB, huge=False).pieces(MIB)
         assert load.fill(spots, pieces) == 8 * MIB == store.bytes_written
@@ -47,9 +47,9 @@ def test_a_fill_writes_every_place_once_and_a_load_stays_inside(folders: list[st
 
 @pytest.mark.parametrize(("share", "kind"), [((7, 6), "mixed"), ((4, 3), "mixed"), ((1, 1), "mixed"), ((1, 1), "read"), ((1, 1), "write")])
 def test_a_load_moves_what_the_store_counts_in_the_states_proportion(folders: list[str], share: tuple[int, int], kind: load.Kind) -> None:
-    (store,) = open_stores(folders[:1], 16 * MIB, SMALL)
+    (store,) = open_stores(folders[:1], 16 * MIB, SMALL, [1.0])
     with store:
-        spots = lay_out([store], 16 * MIB, MIB, [1.0])
+        spots = lay_out([store], MIB)
         pieces = Pages(4 * MIB, huge=False).pieces(MIB)
         load.fill(spots, pieces)
         read, written = store.bytes_read, store.bytes_written
@@ -67,25 +67,36 @@ def test_a_load_moves_what_the_store_counts_in_the_states_proportion(folders: li
 
 
 def test_two_paths_get_bytes_in_proportion_to_their_weights(folders: list[str]) -> None:
-    stores = open_stores(folders, 32 * MIB, SMALL)
+    before = {folder: sum(sizes_below(folder)) for folder in folders}
+    stores = open_stores(folders, 32 * MIB, SMALL, [3.0, 1.0])
     try:
-        spots = lay_out(stores, 32 * MIB, MIB, [3.0, 1.0])
-        assert [sum(s.path == n for s in spots) for n in (0, 1)] == [32, 10]
-        # so has every start of the list, within one place
-        for count in range(1, len(spots) + 1):
-            assert abs(sum(s.path == 0 for s in spots[:count]) - count * 32 / 42) <= 1
-        sample = load.run("write", spots, Pages(8 * MIB, huge=False).pieces(MIB), Limits(9e9, 42 * MIB))
-        assert sample.by_path == tuple(s.bytes_written for s in stores)
-        assert abs(sample.by_path[0] - 3 * sample.by_path[1]) <= 4 * MIB
+        sizes = [sum(sizes_below(folder)) - before[folder] for folder in folders]
+        assert abs(sizes[0] - 32 * MIB) <= MIB and abs(sizes[0] - 3 * sizes[1]) <= 4 * MIB
+        spots = lay_out(stores, MIB)
+        assert len(set((id(s.store), s.offset) for s in spots)) == len(spots) >= 41
+        for count in range(1, len(spots) + 1):  # so has every start of the list, within one place
+            for store in stores:
+                share = store.capacity / sum(s.capacity for s in stores)
+                assert abs(sum(s.store is store for s in spots[:count]) - count * share) <= 1.5
     finally:
         for store in stores:
             store.close()
 
 
+def sizes_below(folder: str) -> list[int]:
+    """Of this process's open files in a folder, named or not."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        place = f"/proc/self/fd/{name}"
+        if os.path.exists(place) and os.path.realpath(place).startswith(folder + "/"):
+            found.append(os.stat(place).st_size)
+    return found
+
+
 def test_a_failed_transfer_ends_the_load_with_none_under_way(folders: list[str]) -> None:
-    (store,) = open_stores(folders[:1], 16 * MIB, SMALL)
+    (store,) = open_stores(folders[:1], 16 * MIB, SMALL, [1.0])
     with store:
-        spots = lay_out([store], 16 * MIB, MIB, [1.0])
+        spots = lay_out([store], MIB)
         pieces = Pages(4 * MIB, huge=False).pieces(MIB)
         load.fill(spots, pieces)
         fd = next(
@@ -102,7 +113,7 @@ def test_a_failed_transfer_ends_the_load_with_none_under_way(folders: list[str])
 def test_stores_opened_before_one_that_refuses_are_closed_again(folders: list[str]) -> None:
     before = os.listdir("/proc/self/fd")
     with pytest.raises(FileNotFoundError):
-        open_stores([folders[0], folders[0] + "/none"], MIB, SMALL)
+        open_stores([folders[0], folders[0] + "/none"], MIB, SMALL, [1.0, 1.0])
     assert len(os.listdir("/proc/self/fd")) == len(before)
 
 

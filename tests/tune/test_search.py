@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tierflow.tune.knobs import KNOBS, Setting, Space
 from tierflow.tune.search import search
 
-SPACE = Space()
+SPACE = Space(rings=(1, 2, 4))
 ALL = [
     s for e in SPACE.engine for b in SPACE.block_size for d in SPACE.queue_depth for r in SPACE.rings
     for h in SPACE.huge_pages if SPACE.allows(s := Setting(e, b, d, r, h))

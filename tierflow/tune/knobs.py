@@ -17,7 +17,8 @@ LEAST_IN_FLIGHT = 256 << 10
 
 @dataclass(frozen=True, order=True)
 class Setting:
-    """One way to read and write. ``queue_depth``: blocks in flight on each ring (threads, for that engine)."""
+    """One way to read and write. ``queue_depth``: blocks in flight on a path, which its ``rings`` share (threads, for
+    that engine)."""
 
     engine: Engine
     block_size: int
@@ -28,7 +29,7 @@ class Setting:
     @property
     def in_flight(self) -> int:
         """Bytes that the kernel has at once, on each path."""
-        return self.block_size * self.queue_depth * self.rings
+        return self.block_size * self.queue_depth
 
     def aio_options(self) -> dict[str, Any]:
         """The keyword arguments of ``tierflow.aio.open``, but for rings."""
@@ -36,7 +37,7 @@ class Setting:
         return {"engine": self.engine, "block_size": self.block_size, depth: self.queue_depth}
 
     def __str__(self) -> str:
-        rings = f" x {self.rings} rings" if self.rings > 1 else ""
+        rings = f" on {self.rings} rings" if self.rings > 1 else ""
         pages = "huge pages" if self.huge_pages else "4 KiB pages"
         return f"{self.engine} {size(self.block_size)} x {self.queue_depth}{rings}, {pages}"
 
@@ -54,7 +55,8 @@ class Space:
     def allows(self, setting: Setting) -> bool:
         """Whether it lies inside, its bytes in flight included."""
         inside = all(getattr(setting, knob) in getattr(self, knob) for knob in KNOBS)
-        return inside and LEAST_IN_FLIGHT <= setting.in_flight <= MOST_IN_FLIGHT
+        shared = setting.rings == 1 or (setting.engine == "io_uring" and setting.rings <= setting.queue_depth)
+        return inside and shared and LEAST_IN_FLIGHT <= setting.in_flight <= MOST_IN_FLIGHT
 
     def starts(self, count: int, seed: int = 0) -> list[Setting]:
         """``count`` different settings, each value of each knob about equally often among them."""

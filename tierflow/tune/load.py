@@ -31,7 +31,7 @@ class Sample:
     """What one run of a load gave. Rates in bytes per second.
 
     ``cpu``: seconds of the process, the kernel's part of them in ``kernel``. ``latencies``: seconds from the request
-    to its end, one for each transfer, in no order; ``by_path``: bytes moved on each.
+    to its end, one for each transfer, in no order.
     """
 
     read: float
@@ -42,7 +42,6 @@ class Sample:
     cpu: float
     kernel: float
     latencies: tuple[float, ...]
-    by_path: tuple[int, ...]
 
     @property
     def rate(self) -> float:
@@ -63,17 +62,13 @@ def run(kind: Kind, spots: list[Spot], pieces: list[memoryview], limits: Limits,
     """
     wanted = _wanted(kind, spots, share)
     before, began = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
-    tickets = _transfer(wanted, pieces, began, limits)
+    done = _transfer(wanted, pieces, began, limits)
     ended, after = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
     kernel = after.ru_stime - before.ru_stime
-    by_path = [0] * (1 + max(spot.path for spot in spots))
-    for ticket, spot in tickets:
-        by_path[spot.path] += ticket.nbytes
-    done = [ticket for ticket, _ in tickets]
     read, write = _rates(done)
     return Sample(
         read, write, sum(t.nbytes for t in done), sum(t.nbytes for t in done if t.op == "write"), ended - began,
-        after.ru_utime - before.ru_utime + kernel, kernel, tuple(_took(t) for t in done), tuple(by_path),
+        after.ru_utime - before.ru_utime + kernel, kernel, tuple(_took(t) for t in done),
     )  # fmt: skip
 
 
@@ -81,7 +76,7 @@ def fill(spots: list[Spot], pieces: list[memoryview]) -> int:
     """Writes every spot once and returns the bytes: reading what was never written would not reach the drive."""
     began = time.perf_counter()
     tickets = _transfer((("write", spot) for spot in spots), pieces, began, Limits(float("inf")))
-    return sum(t.nbytes for t, _ in tickets)
+    return sum(t.nbytes for t in tickets)
 
 
 def _wanted(kind: Kind, spots: list[Spot], share: tuple[int, int]) -> Iterator[tuple[str, Spot]]:
@@ -105,10 +100,10 @@ def _alternate(reads: Iterator[Spot], writes: Iterator[Spot], r: int, w: int) ->
 
 def _transfer(
     wanted: Iterator[tuple[str, Spot]], pieces: list[memoryview], began: float, limits: Limits
-) -> list[tuple[aio.Ticket, Spot]]:
+) -> list[aio.Ticket]:
     """The tickets, all over."""
-    under_way: deque[tuple[aio.Ticket, Spot]] = deque()
-    ended: list[tuple[aio.Ticket, Spot]] = []
+    under_way: deque[aio.Ticket] = deque()
+    ended: list[aio.Ticket] = []
     written = 0
     try:
         for number, (op, spot) in enumerate(wanted):
@@ -117,10 +112,10 @@ def _transfer(
                 break
             if len(under_way) == len(pieces):
                 ended.append(under_way.popleft())
-                ended[-1][0].wait()
+                ended[-1].wait()
             start = spot.store.read if op == "read" else spot.store.write
-            under_way.append((start(pieces[number % len(pieces)], spot.offset), spot))
-            written += under_way[-1][0].nbytes if op == "write" else 0
+            under_way.append(start(pieces[number % len(pieces)], spot.offset))
+            written += under_way[-1].nbytes if op == "write" else 0
     finally:
         failed = _settle(under_way)
     if failed is not None:
@@ -128,10 +123,10 @@ def _transfer(
     return ended + list(under_way)
 
 
-def _settle(under_way: deque[tuple[aio.Ticket, Spot]]) -> aio.AioError | None:
+def _settle(under_way: deque[aio.Ticket]) -> aio.AioError | None:
     """Waits for all of them whatever happens: their buffers are about to be used again."""
     failed = None
-    for ticket, _ in under_way:
+    for ticket in under_way:
         try:
             ticket.wait()
         except aio.AioError as error:

@@ -23,7 +23,7 @@ def plot(profile: Profile, target: str | Path) -> Path:
     kinds = [kind for kind in _TITLES if any(kind in tried.rates for tried in profile.tried)]
     pages = [huge for huge in (True, False) if any(t.huge_pages is huge for t in profile.tried)]
     blocks = sorted({t.block_size for t in profile.tried})
-    depths = sorted({t.queue_depth * t.rings for t in profile.tried})
+    depths = sorted({t.queue_depth for t in profile.tried})
     width = 2.2 + len(kinds) * (1.2 + 0.55 * len(depths))
     figure = Figure(figsize=(width, 1.5 + len(pages) * (1.0 + 0.42 * len(blocks))), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
@@ -51,7 +51,7 @@ def _panel(
     cells = [[float("nan")] * len(depths) for _ in blocks]
     engines = [[""] * len(depths) for _ in blocks]
     for one in tried:
-        row, column = blocks.index(one.block_size), depths.index(one.queue_depth * one.rings)
+        row, column = blocks.index(one.block_size), depths.index(one.queue_depth)
         rate = one.rates[kind] / 1e9
         if not rate <= cells[row][column]:  # the better of several in one cell; NaN compares as false
             cells[row][column], engines[row][column] = rate, "t" if one.engine == "threads" else ""
@@ -64,7 +64,7 @@ def _panel(
                 axes.text(column, row, f"{value:.2f}{engines[row][column]}", ha="center", va="center", fontsize=7,
                           color="white" if dark else "black")  # fmt: skip
     if chosen is not None:
-        place = depths.index(chosen.queue_depth * chosen.rings), blocks.index(chosen.block_size)
+        place = depths.index(chosen.queue_depth), blocks.index(chosen.block_size)
         axes.add_patch(_frame(place))
     axes.set_xticks(range(len(depths)), [str(d) for d in depths], fontsize=8)
     axes.set_yticks(range(len(blocks)), [size(b) for b in blocks], fontsize=8)

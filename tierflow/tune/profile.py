@@ -47,7 +47,8 @@ class Tried(_Part):
 
 
 class Profile(_Part):
-    """``queue_depth``: blocks in flight on each ring; threads, for that engine. ``weights``: each path's share.
+    """``queue_depth``: blocks in flight on a path, all ``rings`` together; threads, for that engine. ``weights``: each
+    path's share.
 
     ``read``, ``write`` and ``mixed`` are None where they were not measured; ``mixed_ratio``: reads to writes.
     """
@@ -80,7 +81,8 @@ class Profile(_Part):
         """As the keys of a config's ``aio`` block."""
         threads = {"intra_op_parallelism": self.queue_depth} if self.engine == "threads" else {}
         depth = {} if self.engine == "threads" else {"queue_depth": self.queue_depth}
-        return {"block_size": self.block_size, **depth, **threads}
+        rings = {"rings": self.rings} if self.rings > 1 else {}
+        return {"block_size": self.block_size, **depth, **threads, **rings}
 
     def bandwidths(self) -> Bandwidths | None:
         """The drive's rates as the scheduler takes them; None where writes were not measured."""
@@ -97,7 +99,7 @@ class Profile(_Part):
         threads = self.engine == "threads"
         return {
             "block_size": self.block_size,
-            "queue_depth": 1 if threads else self.queue_depth,
+            "queue_depth": 1 if threads else self.queue_depth // self.rings,
             "intra_op_parallelism": self.queue_depth if threads else self.rings,
             "single_submit": False,
             "overlap_events": True,

@@ -56,11 +56,11 @@ class Candidate:
 
     def __post_init__(self) -> None:
         self.samples = {kind: [] for kind in self.rig.kinds}
-        self.stores = open_stores(self.rig.paths, self.nbytes, self.setting)
+        self.stores = open_stores(self.rig.paths, self.nbytes, self.setting, self.rig.weights)
         try:
             self._transfer = max(TRANSFER, self.setting.block_size)
             self._pieces = self.rig.pieces(self.setting, self._transfer)
-            self._spots = lay_out(self.stores, self.nbytes, self._transfer, self.rig.weights)
+            self._spots = lay_out(self.stores, self._transfer)
             self.rig.budget.written += load.fill(self._spots, self._pieces)
         except BaseException:
             self.close()
@@ -77,7 +77,7 @@ class Candidate:
 
     def latencies(self, kind: Kind, seconds: float, written: int) -> list[float]:
         """Seconds of requests of one block each, with just as many under way as the queue holds."""
-        depth = self.setting.queue_depth * self.setting.rings * len(self.stores)
+        depth = self.setting.queue_depth * len(self.rig.paths)
         pieces = [piece[: self.setting.block_size] for piece in self._small_pieces(depth)]
         sample = load.run(kind, self._spots, pieces, Limits(seconds, written), self.rig.state.ratio)
         self.rig.budget.written += sample.written

@@ -131,9 +131,9 @@ def calibrate(rig: Rig, nbytes: int, setting: Setting) -> list[float]:
     fills = []
     for number, path in enumerate(rig.paths):
         transfer = max(4 << 20, setting.block_size)
-        stores = open_stores([path], nbytes, setting)
+        stores = open_stores([path], nbytes, setting, [1.0])
         try:
-            spots, pieces = lay_out(stores, nbytes, transfer, [1.0]), rig.pieces(setting, transfer)
+            spots, pieces = lay_out(stores, transfer), rig.pieces(setting, transfer)
             began = rig.budget.elapsed
             rig.budget.written += load.fill(spots, pieces)
             fills.append(nbytes / max(rig.budget.elapsed - began, 1e-9))

@@ -12,7 +12,7 @@ from tierflow.sizes import format_size
 from tierflow.tune.knobs import Setting
 from tierflow.tune.load import median
 from tierflow.tune.rig import TRANSFER, Rig
-from tierflow.tune.stores import open_stores
+from tierflow.tune.stores import Spot, lay_out, open_stores
 
 #: What endurance is told against, where nobody knows the drive's own: a usual rating of a 1 TB consumer drive.
 RATED_BYTES = 600 * 10**12
@@ -49,22 +49,20 @@ def wear(nbytes: int) -> str:
 def write_on(rig: Rig, setting: Setting, nbytes: int, file_bytes: int, tell: Callable[[int, float], None]) -> Sustained:
     """Writes ``nbytes`` in order into files of ``file_bytes`` on each path, again from the start where they end."""
     transfer = max(TRANSFER, setting.block_size)
-    stores = open_stores(rig.paths, file_bytes, setting)
+    stores = open_stores(rig.paths, file_bytes, setting, rig.weights)
     try:
         pieces = rig.pieces(setting, transfer)
-        per_store = file_bytes // transfer
-        offsets = [store.allocate(per_store * transfer).offset for store in stores]
-        steps = _write(rig, stores, offsets, per_store, transfer, pieces, nbytes, tell)
+        spots = lay_out(stores, transfer)
+        steps = _write(rig, spots, transfer, pieces, nbytes, tell)
     finally:
         for store in stores:
             store.close()
     before, after, cache = collapse(steps)
-    return Sustained(steps, before, after, cache, nbytes > per_store * transfer * len(stores))
+    return Sustained(steps, before, after, cache, nbytes > transfer * len(spots))
 
 
 def _write(
-    rig: Rig, stores: list[aio.Store], offsets: list[int], per_store: int, transfer: int, pieces: list[memoryview],
-    nbytes: int, tell: Callable[[int, float], None],
+    rig: Rig, spots: list[Spot], transfer: int, pieces: list[memoryview], nbytes: int, tell: Callable[[int, float], None]
 ) -> list[tuple[int, float]]:  # fmt: skip
     under_way: deque[aio.Ticket] = deque()
     steps: list[tuple[int, float]] = []
@@ -74,9 +72,8 @@ def _write(
             if len(under_way) == len(pieces):
                 under_way.popleft().wait()
                 done += transfer
-            which, place = number % len(stores), number // len(stores) % per_store
-            ticket = stores[which].write(pieces[number % len(pieces)], offsets[which] + place * transfer)
-            under_way.append(ticket)
+            spot = spots[number % len(spots)]
+            under_way.append(spot.store.write(pieces[number % len(pieces)], spot.offset))
             rig.budget.written += transfer
             now = time.perf_counter()
             if done - last >= least and now - mark >= SHORTEST:
@@ -87,7 +84,10 @@ def _write(
         _drain(under_way)
     for ticket in under_way:
         ticket.wait()
-    return steps or [(done + len(under_way) * transfer, (done + len(under_way) * transfer - last) / max(time.perf_counter() - mark, 1e-9))]
+    if not steps:  # too short for a step
+        done += len(under_way) * transfer
+        steps.append((done, done / max(time.perf_counter() - mark, 1e-9)))
+    return steps
 
 
 def _drain(under_way: deque[aio.Ticket]) -> None:
