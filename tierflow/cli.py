@@ -161,11 +161,13 @@ class _errors:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> Literal[False]:
-        if error is None or not isinstance(error, (ValueError, OSError, FloatingPointError, ImportError, KeyboardInterrupt)):
+        if error is None:
+            return False
+        if not isinstance(error, (ValueError, OSError, FloatingPointError, ImportError, KeyboardInterrupt)):
             # CapacityError and aio's errors are RuntimeError and OSError; other RuntimeErrors are defects
             from tierflow.swap.types import CapacityError
 
-            if error is None or not isinstance(error, CapacityError):
+            if not isinstance(error, CapacityError):
                 return False
         text = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
         self._console.print(f"[bold red]error:[/] {text}", highlight=False, markup=True, soft_wrap=True)
