@@ -79,11 +79,22 @@ def test_read_only_and_json(tune: Tune, drive: Path, tmp_path: Path) -> None:
 def test_two_paths_are_used_at_once(tune: Tune, drive: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
-    done = tune(drive, other, *QUICK, "--output", tmp_path / "p.json")
+    done = tune(drive, other, "--time", 6, "--size", "128MiB", "--output", tmp_path / "p.json")
     assert done.returncode == 0, done.stderr
     found = read_profile(tmp_path / "p.json")
     assert found.paths == [str(drive), str(other)] and sum(found.weights) == pytest.approx(1.0)
     assert list(drive.iterdir()) == list(other.iterdir()) == []
+
+
+def test_time_for_no_search_still_gives_figures_and_says_so(tune: Tune, drive: Path, tmp_path: Path) -> None:
+    folders = [drive / str(n) for n in range(4)]
+    for folder in folders:
+        folder.mkdir()
+    done = tune(*folders, "--time", 2, "--size", "512MiB", "--output", tmp_path / "p.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = read_profile(tmp_path / "p.json")
+    assert found.read.read > 0 and (found.complete or "ran out" in done.stdout)
+    assert found.tried or "no heat map" in done.stdout
 
 
 def test_sustained_states_its_wear_first(tune: Tune, drive: Path, tmp_path: Path) -> None:

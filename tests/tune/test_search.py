@@ -62,8 +62,8 @@ def test_it_comes_near_the_best_with_far_fewer_looks_than_a_grid(best: Setting, 
     land = Landscape(best)
     found = search(SPACE, land, SPACE.starts(12, seed))
     assert found.complete
-    # within two places of one ordered knob, or one of them and no more: the walk is short on purpose
-    assert land.true(found.best) >= 0.5 * land.true(best)
+    # the walk is short on purpose: near the top, if not at it (at it in more than half of the cases)
+    assert sum(land.true(s) > land.true(found.best) for s in ALL) <= len(ALL) / 5
     assert land.true(found.best) >= max(land.true(s) for s in SPACE.starts(12, seed))
     assert len(land.seen) < len(ALL) / 5
     assert land.open == {found.best}

@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
@@ -135,16 +136,21 @@ def _tell(profile: Profile, options: Options, job: Job, console: Console) -> Non
     profile.write_to(options.output)
     lines.append(f'profile: {options.output}; in a config: "aio": "{options.output}"')
     lines += report.deepspeed_lines(profile)
-    picture = options.output.with_suffix(".png")
-    try:
-        lines.append(f"heat map: {plot(profile, picture)}")
-    except ImportError as error:
-        lines.append(str(error))
+    lines.append(_draw(profile, options.output.with_suffix(".png")))
     lines.append(f"written: {format_size(profile.bytes_written)} in {profile.seconds:.0f} s; no file is left")
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if options.json:
         print(profile.model_dump_json(indent=1))
+
+
+def _draw(profile: Profile, picture: Path) -> str:
+    if not profile.tried:
+        return "no heat map: the time was over before a second setting was looked at"
+    try:
+        return f"heat map: {plot(profile, picture)}"
+    except ImportError as error:
+        return str(error)
 
 
 class _Terminated(BaseException):
