@@ -3,10 +3,11 @@
     python benchmarks/bench_aio.py --peers fio,deepspeed --path DIR [--deepspeed-python PYTHON] [--json PATH]
 
 Sequential reads, writes and a mixed load (as many reads as writes), one file and two, with requests of several sizes
-and equally many bytes in flight for everyone. tierflow is called from Python once for each request. Every contender
-works on the unnamed files that tierflow's stores made, in a session of its own whose scheduling group is raised while
-it is measured. --tune SECONDS runs `tierflow tune` first and then checks that a plain run with its profile gives the
-profile's figures, with fio beside it. Only ratios within one run carry over.
+and equally many bytes in flight for everyone. tierflow is called from Python, once for each request or, where it takes
+several, once for an eighth of what is in flight. Every contender works on the unnamed files that tierflow's stores
+made, in a session of its own whose scheduling group is raised while it is measured. --tune SECONDS runs `tierflow tune`
+first and then checks that a plain run with its profile gives the profile's figures, with fio beside it.
+Only ratios within one run carry over.
 """
 
 from __future__ import annotations
