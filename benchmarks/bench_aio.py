@@ -80,7 +80,7 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-_PLACES = {"--path": "DIR", "--second": "DIR", "--deepspeed-python": "PYTHON"}
+_PLACES = {"--path": "DIR", "--second": "DIR", "--deepspeed-python": "PYTHON", "--json": "PATH"}
 
 
 def command() -> str:

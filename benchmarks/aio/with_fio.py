@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from typing import Any
 
 from aio.worker import Run, own_the_processor
@@ -57,8 +58,7 @@ def huge_page_bytes(run: Run) -> int:
     try:
         while process.poll() is None:
             most = max(most, _huge(process.pid))
-            if most:
-                break
+            time.sleep(0.05)
     finally:
         process.kill()
         process.wait()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from types import TracebackType
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -65,7 +65,7 @@ class Progress(Watcher):
             self._shown = time.monotonic()
             self._live.update(self._render())
 
-    def _render(self) -> Group:
+    def _render(self) -> Table:
         spent = min(self._budget.elapsed, self._budget.seconds)
         table = Table.grid(padding=(0, 2))
         table.add_row("stage", Text(self._text))
@@ -73,4 +73,5 @@ class Progress(Watcher):
         table.add_row("best so far", Text(self._best[1] or "-", style="bold green"))
         table.add_row("", Text(self._best[2]))
         table.add_row("spent", f"{spent:.0f} of {self._budget.seconds:.0f} s, {format_size(self._budget.written)} written, {self._looks} looks")
-        return Group(ProgressBar(total=self._budget.seconds, completed=spent, width=60), table)
+        table.add_row("", ProgressBar(total=self._budget.seconds, completed=spent, width=60))
+        return table

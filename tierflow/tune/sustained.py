@@ -58,7 +58,7 @@ def write_on(rig: Rig, setting: Setting, nbytes: int, file_bytes: int, tell: Cal
         for store in stores:
             store.close()
     before, after, cache = collapse(steps)
-    return Sustained(steps, before, after, cache, nbytes > transfer * len(spots))
+    return Sustained(steps, before, after, cache, nbytes // transfer > len(spots))
 
 
 def _write(
