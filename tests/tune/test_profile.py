@@ -163,3 +163,22 @@ def test_the_heat_map_is_a_picture_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_a_profile_is_frozen() -> None:
     with pytest.raises(ValidationError):
         profile().block_size = 1  # type: ignore[misc]
+
+
+def test_a_run_with_a_profile_opens_its_store_so_and_reports_by_its_rates(file: Path, tmp_path: Path) -> None:
+    import tiny
+
+    import tierflow
+
+    model = tiny.llama(layers=2, hidden=32)
+    config = tiny.config("nvme", tmp_path, **tiny.tight(model, "nvme")) | {"aio": str(file)}
+    _, optimizer = tierflow.offload(model, config)
+    engine = optimizer.engine
+    try:
+        tiny.train(model, optimizer, 1)
+        assert engine.io_options["block_size"] == 1 << 20 and engine.io_options["queue_depth"] == 24
+        assert engine.manager.store.engine in ("io_uring", "threads")
+        engine.report()
+        assert engine.bandwidths is not None and engine.bandwidths.read == 4e9 and engine.bandwidths.mixed_write == 1.25e9
+    finally:
+        optimizer.close()
