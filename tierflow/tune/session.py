@@ -84,7 +84,8 @@ class CandidateMeter:
         """Opens and fills its files, unless they are open; False if it is refused or the means do not suffice."""
         if setting in self.open:
             return True
-        if not self._affords(self.nbytes * len(self.rig.paths)):
+        # one there must be, however late it is: its figures are then the result
+        if self.known and not self._affords(self.nbytes * len(self.rig.paths)):
             return False
         try:
             made = self.rig.candidate(setting, self.nbytes)
