@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from tierflow import aio
-from tierflow.scheduler.bandwidth import Bandwidths, paths_of, probe
+from tierflow.scheduler.bandwidth import paths_of, probe
 from tierflow.scheduler.binding import Binder, raw
 from tierflow.scheduler.contents import follow_user, read_parameter, store_parameter, write_back
 from tierflow.scheduler.due import DueUpdates
@@ -25,6 +25,7 @@ from tierflow.scheduler.hooks import ModelHooks, in_backward
 from tierflow.scheduler.jobs import Job
 from tierflow.scheduler.lookahead import LookAhead
 from tierflow.scheduler.plan import MemoryPlan
+from tierflow.scheduler.rates import Bandwidths
 from tierflow.scheduler.report import Report, make_report
 from tierflow.scheduler.rules import Rule
 from tierflow.scheduler.scaling import Scaling
@@ -72,6 +73,7 @@ class Engine:
         self.binder = Binder(units, self.device, self)
         self.bandwidths: Bandwidths | None = None
         self.io_options: dict[str, Any] = {}
+        self.drive: Bandwidths | None = None
         self.last_step: Lanes | None = None
         self.on_step: Callable[[], None] = lambda: None  # called after each update
         self.on_close: Callable[[], None] = lambda: None
@@ -428,7 +430,7 @@ class Engine:
     def report(self, lanes: Lanes | None = None, steps: int = 1) -> Report:
         """Where the time of the last finished step went (or ``lanes``, the mean of ``steps``), beside its floor.
 
-        The first call measures the paths in use, for two seconds. Raises RuntimeError before the first step has ended.
+        The first call measures the paths in use, for two seconds (the drive only without a profile). Raises RuntimeError before the first step has ended.
         """
         lanes = lanes or self.last_step
         if lanes is None:
@@ -436,7 +438,7 @@ class Engine:
         if self.bandwidths is None:
             store = self.manager.store
             placement, path = self.plan.placement, store.path if store else None
-            self.bandwidths = probe(paths_of(self.units, placement, self.device, path, self.io_options))
+            self.bandwidths = probe(paths_of(self.units, placement, self.device, path, self.io_options, self.drive))
         trained = sum(u.chunk.numel for u in self.units if u.trainable)
         return make_report(lanes, self.plan, self.bandwidths, trained, steps)
 

@@ -101,12 +101,14 @@ class ZeroBlock(Block):
 
 
 class AioBlock(Block):
-    """How files are read and written; None leaves a setting to the I/O engine."""
+    """How files are read and written; None leaves a setting to the profile, if there is one, else to the I/O engine."""
 
+    profile: Directory | None = None
     block_size: Annotated[Size, Field(le=1 << 30)] | None = None
     queue_depth: Annotated[Positive, Field(le=4096)] | None = None
     thread_count: Annotated[Positive, Field(le=1024)] | None = None
     intra_op_parallelism: Annotated[Positive, Field(le=1024)] | None = None
+    rings: Annotated[Positive, Field(le=64)] | None = None
 
 
 class Bf16Block(Block):

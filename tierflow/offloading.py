@@ -209,7 +209,7 @@ def make_run(
         except DoesNotFit as refused:
             error = refused
             continue
-        return units, plan, Settings(device, path, cfg.aio_options(), cfg.tierflow.prefetch, cfg.tierflow.update)
+        return units, plan, Settings(device, path, cfg.aio_options(), cfg.tierflow.prefetch, cfg.tierflow.update, cfg.drive)
     if error is None:  # only placements on NVMe were asked for
         raise missing_nvme_path()
     raise error
@@ -277,7 +277,7 @@ def _build(
                 manager.add_spare(chunk)
         fill(manager, units, source)
         engine = Engine(model, units, plan, manager, settings.prefetch, settings.update)
-        engine.io_options = settings.aio
+        engine.io_options, engine.drive = settings.aio, settings.drive
         _move_buffers(model, settings.device)
         engine.attach()
     except BaseException:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from tierflow.scheduler.placement import Caps
+    from tierflow.scheduler.rates import Bandwidths
 
 #: Of what is free now, the share that "auto" takes; the rest is for activations, autograd and everything else.
 AUTO_SHARE = 0.6
@@ -29,6 +30,8 @@ class Settings:
     aio: dict[str, Any]
     prefetch: bool
     update: str
+    #: The drive's rates where a profile has them; else they are measured when they are needed.
+    drive: Bandwidths | None = None
 
 
 def pick_device(config: Config) -> torch.device:

@@ -14,7 +14,7 @@ import torch
 
 import tierflow
 from tierflow.scheduler import engine as engine_module
-from tierflow.scheduler.bandwidth import Bandwidths
+from tierflow.scheduler.rates import Bandwidths
 from tierflow.scheduler.report import make_report
 from tierflow.swap import Lane, Lanes, Tier
 
