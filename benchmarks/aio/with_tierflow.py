@@ -1,13 +1,12 @@
 """tierflow.aio called from Python. ``python -m aio.with_tierflow SPEC`` serves runs; see worker.py.
 
-SPEC: JSON with "paths", "bytes" (of each file) and "options" of ``aio.open``. The stores' files have no name; the
+SPEC: JSON with "paths", "bytes" (of each file) and "options" of ``aio.open``. The store's files have no name; the
 hello tells where under /proc the other contenders find them.
 """
 
 from __future__ import annotations
 
 import ctypes
-import inspect
 import json
 import mmap
 import os
@@ -34,26 +33,21 @@ def memory(nbytes: int, huge: bool) -> memoryview:
     return memoryview(made)[begin : begin + nbytes]
 
 
-#: Whether one store takes several paths, and many requests in a call.
-TOGETHER, VECTORS = "rings" in inspect.signature(aio.open).parameters, hasattr(aio.Store, "readv")
 #: In the queue there are so many calls at least, so that it never drains; requests beyond that share a call.
 CALLS = 8
 
 
 class Contender:
-    """Stores with one extent over all they hold, and a window of requests under way."""
+    """A store with one extent over all that it holds, and a window of requests under way."""
 
     def __init__(self, paths: list[str], nbytes: int, options: dict[str, object], window: int):
         self.paths = paths
-        if TOGETHER:
-            self.stores, nbytes = [aio.open(paths, nbytes * len(paths), **options)], nbytes * len(paths)
-        else:
-            self.stores = [aio.open(path, nbytes, **options) for path in paths]
-        self.begins = [store.allocate(nbytes).offset for store in self.stores]
-        self.nbytes, self.window = nbytes, window
+        self.nbytes, self.window = nbytes * len(paths), window
+        self.store = aio.open(paths, self.nbytes, **options)
+        self.begin = self.store.allocate(self.nbytes).offset
 
     def files(self) -> list[str]:
-        """Where another process can open the stores' files, in the order of the paths."""
+        """Where another process can open the store's files, in the order of the paths."""
         found = []
         for path in self.paths:
             for fd in os.listdir("/proc/self/fd"):
@@ -71,7 +65,7 @@ class Contender:
         """Keeps "in_flight" requests under way until "nbytes" have been moved."""
         request, count = run["request"], run["in_flight"]
         pieces = [buffer[at : at + request] for at in range(0, request * count, request)]
-        group = max(1, count // CALLS) if VECTORS else 1
+        group = max(1, count // CALLS)
         count -= count % group
         under_way: deque[aio.Ticket] = deque()
         calls = self._calls(run["kind"], request, group)
@@ -81,10 +75,7 @@ class Contender:
                 under_way.popleft().wait()
             start, offsets = next(calls)
             at = number * group % count
-            if VECTORS:
-                under_way.append(start(list(zip(pieces[at : at + group], offsets, strict=True))))
-            else:
-                under_way.append(start(pieces[at], offsets[0]))
+            under_way.append(start(list(zip(pieces[at : at + group], offsets, strict=True))))
         for ticket in under_way:
             ticket.wait()
         return total * group * request
@@ -93,30 +84,25 @@ class Contender:
         """(method, offsets of the requests that it is to carry out)"""
         whole = range(0, self.nbytes - request + 1, request)
         halves = whole[: len(whole) // 2], whole[len(whole) // 2 :]
-        starts = {"read": [("read", whole)], "write": [("write", whole)], "mixed": list(zip(("read", "write"), halves, strict=True))}
-        # stores in turn, and on each store reads and writes in turn
-        ways = [
-            (getattr(store, f"{op}v" if VECTORS else op), ((begin + at) for at in cycle(places)))
-            for op, places in starts[kind]
-            for store, begin in zip(self.stores, self.begins, strict=True)
-        ]
+        read, write = self.store.readv, self.store.writev
+        places = {"read": [(read, whole)], "write": [(write, whole)], "mixed": [(read, halves[0]), (write, halves[1])]}
+        ways = [(start, (self.begin + at for at in cycle(part))) for start, part in places[kind]]
         for start, offsets in cycle(ways):
             yield start, list(islice(offsets, group))
 
     def fill(self) -> None:
         """Writes every byte once: unwritten blocks are not read from the drive."""
-        for store, begin in zip(self.stores, self.begins, strict=True):
-            buffer = memory(self.window, huge=True)
-            for at in range(0, self.nbytes, len(buffer)):
-                store.write(buffer[: min(len(buffer), self.nbytes - at)], begin + at).wait()
+        buffer = memory(self.window, huge=True)
+        for at in range(0, self.nbytes, len(buffer)):
+            self.store.write(buffer[: min(len(buffer), self.nbytes - at)], self.begin + at).wait()
 
 
 def main() -> None:
     spec = json.loads(sys.argv[1])
     contender = Contender(spec["paths"], spec["bytes"], spec["options"], spec["window"])
     contender.fill()
-    store = contender.stores[0]
-    serve({"files": contender.files(), "engine": store.engine, "direct": store.direct, "note": store.note, "vectors": VECTORS}, contender.prepare)
+    store = contender.store
+    serve({"files": contender.files(), "engine": store.engine, "direct": store.direct, "note": store.note}, contender.prepare)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from tierflow.tune.knobs import Setting
 from tierflow.tune.load import Limits
 from tierflow.tune.pages import Pages
 from tierflow.tune.rig import TRANSFER, Rig
-from tierflow.tune.stores import lay_out, open_stores
+from tierflow.tune.stores import lay_out, open_store
 
 SMALL = Setting("threads", 128 << 10, 4, 1, False)
 MIB = 1 << 20
@@ -30,30 +30,30 @@ def folders(tmp_path: Path) -> list[str]:
 
 
 def test_a_fill_writes_every_place_once_and_a_load_stays_inside(folders: list[str]) -> None:
-    (store,) = open_stores(folders[:1], 8 * MIB, SMALL, [1.0])
+    store = open_store(folders[:1], 8 * MIB, SMALL, [1.0])
     with store:
-        spots = lay_out([store], MIB)
-        assert sorted(s.offset for s in spots) == [n * MIB for n in range(8)]
+        offsets = lay_out(store, MIB)
+        assert sorted(offsets) == [n * MIB for n in range(8)]
         pieces = Pages(4 * MIB, huge=False).pieces(MIB)
-        assert load.fill(spots, pieces) == 8 * MIB == store.bytes_written
+        assert load.fill(store, offsets, pieces) == 8 * MIB == store.bytes_written
         back = bytearray(MIB)
         wanted = {bytes(piece) for piece in pieces}
-        for spot in spots:
+        for offset in offsets:
             aligned = Pages(MIB, huge=False).pieces(MIB)[0]
-            store.read(aligned, spot.offset).wait()
+            store.read(aligned, offset).wait()
             back[:] = aligned
             assert bytes(back) in wanted
 
 
 @pytest.mark.parametrize(("share", "kind"), [((7, 6), "mixed"), ((4, 3), "mixed"), ((1, 1), "mixed"), ((1, 1), "read"), ((1, 1), "write")])
 def test_a_load_moves_what_the_store_counts_in_the_states_proportion(folders: list[str], share: tuple[int, int], kind: load.Kind) -> None:
-    (store,) = open_stores(folders[:1], 16 * MIB, SMALL, [1.0])
+    store = open_store(folders[:1], 16 * MIB, SMALL, [1.0])
     with store:
-        spots = lay_out([store], MIB)
+        offsets = lay_out(store, MIB)
         pieces = Pages(4 * MIB, huge=False).pieces(MIB)
-        load.fill(spots, pieces)
+        load.fill(store, offsets, pieces)
         read, written = store.bytes_read, store.bytes_written
-        sample = load.run(kind, spots, pieces, Limits(0.2, 24 * MIB), share)
+        sample = load.run(kind, store, offsets, pieces, Limits(0.2, 24 * MIB), share)
         read, written = store.bytes_read - read, store.bytes_written - written
         assert (sample.nbytes, sample.written) == (read + written, written)
         assert len(sample.latencies) == sample.nbytes // MIB and min(sample.latencies) > 0
@@ -68,19 +68,18 @@ def test_a_load_moves_what_the_store_counts_in_the_states_proportion(folders: li
 
 def test_two_paths_get_bytes_in_proportion_to_their_weights(folders: list[str]) -> None:
     before = {folder: sum(sizes_below(folder)) for folder in folders}
-    stores = open_stores(folders, 32 * MIB, SMALL, [3.0, 1.0])
-    try:
+    with open_store(folders, 32 * MIB, SMALL, [3.0, 1.0]) as store:
         sizes = [sum(sizes_below(folder)) - before[folder] for folder in folders]
         assert abs(sizes[0] - 32 * MIB) <= MIB and abs(sizes[0] - 3 * sizes[1]) <= 4 * MIB
-        spots = lay_out(stores, MIB)
-        assert len(set((id(s.store), s.offset) for s in spots)) == len(spots) >= 41
-        for count in range(1, len(spots) + 1):  # so has every start of the list, within one place
-            for store in stores:
-                share = store.capacity / sum(s.capacity for s in stores)
-                assert abs(sum(s.store is store for s in spots[:count]) - count * share) <= 1.5
-    finally:
-        for store in stores:
-            store.close()
+        assert sum(sizes) - MIB <= store.capacity <= sum(sizes)
+        offsets = lay_out(store, MIB)
+        assert len(set(offsets)) == len(offsets) >= 41
+        pieces = Pages(4 * MIB, huge=False).pieces(MIB)
+        for count in (8, len(offsets)):  # so has every start of the list, within one stripe a transfer
+            written = [path.bytes_written for path in store.paths]
+            load.fill(store, offsets[:count], pieces)
+            moved = [path.bytes_written - b for path, b in zip(store.paths, written, strict=True)]
+            assert sum(moved) == count * MIB and abs(moved[0] - 3 * moved[1]) <= 4 * SMALL.block_size
 
 
 def sizes_below(folder: str) -> list[int]:
@@ -94,26 +93,26 @@ def sizes_below(folder: str) -> list[int]:
 
 
 def test_a_failed_transfer_ends_the_load_with_none_under_way(folders: list[str]) -> None:
-    (store,) = open_stores(folders[:1], 16 * MIB, SMALL, [1.0])
+    store = open_store(folders[:1], 16 * MIB, SMALL, [1.0])
     with store:
-        spots = lay_out([store], MIB)
+        offsets = lay_out(store, MIB)
         pieces = Pages(4 * MIB, huge=False).pieces(MIB)
-        load.fill(spots, pieces)
+        load.fill(store, offsets, pieces)
         fd = next(
             int(name) for name in os.listdir("/proc/self/fd")
             if os.path.exists(f"/proc/self/fd/{name}") and os.path.realpath(f"/proc/self/fd/{name}").startswith(folders[0] + "/")
         )  # fmt: skip
         os.ftruncate(fd, 8 * MIB)  # behind the store's back
         with pytest.raises(aio.AioError, match="the file ends before it"):
-            load.run("read", spots, pieces, Limits(5.0))
-        for spot in spots:
-            store.free(aio.Extent(spot.offset, MIB))  # which refuses while a transfer touches it
+            load.run("read", store, offsets, pieces, Limits(5.0))
+        for offset in offsets:
+            store.free(aio.Extent(offset, MIB))  # which refuses while a transfer touches it
 
 
-def test_stores_opened_before_one_that_refuses_are_closed_again(folders: list[str]) -> None:
+def test_nothing_stays_open_where_one_path_refuses(folders: list[str]) -> None:
     before = os.listdir("/proc/self/fd")
     with pytest.raises(FileNotFoundError):
-        open_stores([folders[0], folders[0] + "/none"], MIB, SMALL, [1.0, 1.0])
+        open_store([folders[0], folders[0] + "/none"], MIB, SMALL, [1.0, 1.0])
     assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
@@ -152,6 +151,9 @@ def test_a_candidate_counts_all_that_it_writes(folders: list[str]) -> None:
     rig = Rig(folders, ("read", "write", "mixed"), FORMATS["lossless"], Budget(60.0))
     with rig.candidate(SMALL, 16 * TRANSFER) as candidate:
         candidate.visit(0.02, 32 * MIB)
+        before = [path.bytes_written for path in candidate.store.paths]
         assert len(candidate.latencies("write", 0.02, 8 * MIB)) >= SMALL.queue_depth
-        assert rig.budget.written == sum(store.bytes_written for store in candidate.stores)
+        blocks = [(path.bytes_written - b) // SMALL.block_size for path, b in zip(candidate.store.paths, before, strict=True)]
+        assert abs(blocks[0] - blocks[1]) <= 1  # single blocks too go to every path
+        assert rig.budget.written == candidate.store.bytes_written
         assert candidate.score() > 0

@@ -1,4 +1,4 @@
-"""One load on open stores: transfers under way all the time, and what came of it."""
+"""One load on an open store: transfers under way all the time, and what came of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from itertools import cycle
 from typing import Literal
 
 from tierflow import aio
-from tierflow.tune.stores import Spot
 
 Kind = Literal["read", "write", "mixed"]
 KINDS: tuple[Kind, ...] = ("read", "write", "mixed")
@@ -54,15 +53,17 @@ class Sample:
         return self.cpu / self.nbytes * (1 << 30)
 
 
-def run(kind: Kind, spots: list[Spot], pieces: list[memoryview], limits: Limits, share: tuple[int, int] = (1, 1)) -> Sample:
+def run(
+    kind: Kind, store: aio.Store, offsets: list[int], pieces: list[memoryview], limits: Limits, share: tuple[int, int] = (1, 1)
+) -> Sample:  # fmt: skip
     """Keeps one transfer under way in each of ``pieces`` until a limit is reached.
 
-    A mixed load reads the first half of the ``spots`` and writes the second, ``share[0]`` reads to ``share[1]``
-    writes. Raises aio.AioError when a transfer failed; none is under way any more then.
+    A mixed load reads at the first half of the ``offsets`` and writes at the second, ``share[0]`` reads to
+    ``share[1]`` writes. Raises aio.AioError when a transfer failed; none is under way any more then.
     """
-    wanted = _wanted(kind, spots, share)
+    wanted = _wanted(kind, offsets, share)
     before, began = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
-    done = _transfer(wanted, pieces, began, limits)
+    done = _transfer(store, wanted, pieces, began, limits)
     ended, after = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
     kernel = after.ru_stime - before.ru_stime
     read, write = _rates(done)
@@ -72,21 +73,21 @@ def run(kind: Kind, spots: list[Spot], pieces: list[memoryview], limits: Limits,
     )  # fmt: skip
 
 
-def fill(spots: list[Spot], pieces: list[memoryview]) -> int:
-    """Writes every spot once and returns the bytes: reading what was never written would not reach the drive."""
+def fill(store: aio.Store, offsets: list[int], pieces: list[memoryview]) -> int:
+    """Writes at every offset once and returns the bytes: reading what was never written would not reach the drive."""
     began = time.perf_counter()
-    tickets = _transfer((("write", spot) for spot in spots), pieces, began, Limits(float("inf")))
+    tickets = _transfer(store, (("write", offset) for offset in offsets), pieces, began, Limits(float("inf")))
     return sum(t.nbytes for t in tickets)
 
 
-def _wanted(kind: Kind, spots: list[Spot], share: tuple[int, int]) -> Iterator[tuple[str, Spot]]:
+def _wanted(kind: Kind, offsets: list[int], share: tuple[int, int]) -> Iterator[tuple[str, int]]:
     if kind != "mixed":
-        return ((kind, spot) for spot in cycle(spots))
-    half = len(spots) // 2
-    return _alternate(cycle(spots[:half] or spots), cycle(spots[half:]), *share)
+        return ((kind, offset) for offset in cycle(offsets))
+    half = len(offsets) // 2
+    return _alternate(cycle(offsets[:half] or offsets), cycle(offsets[half:]), *share)
 
 
-def _alternate(reads: Iterator[Spot], writes: Iterator[Spot], r: int, w: int) -> Iterator[tuple[str, Spot]]:
+def _alternate(reads: Iterator[int], writes: Iterator[int], r: int, w: int) -> Iterator[tuple[str, int]]:
     """Spread evenly: 3 to 1 is r r w r, and not three reads and then a write."""
     turn = 0
     while True:
@@ -99,22 +100,22 @@ def _alternate(reads: Iterator[Spot], writes: Iterator[Spot], r: int, w: int) ->
 
 
 def _transfer(
-    wanted: Iterator[tuple[str, Spot]], pieces: list[memoryview], began: float, limits: Limits
+    store: aio.Store, wanted: Iterator[tuple[str, int]], pieces: list[memoryview], began: float, limits: Limits
 ) -> list[aio.Ticket]:
     """The tickets, all over."""
     under_way: deque[aio.Ticket] = deque()
     ended: list[aio.Ticket] = []
     written = 0
     try:
-        for number, (op, spot) in enumerate(wanted):
+        for number, (op, offset) in enumerate(wanted):
             enough = time.perf_counter() - began > limits.seconds or written >= limits.written
             if enough and number >= len(pieces) * 3 // 2:
                 break
             if len(under_way) == len(pieces):
                 ended.append(under_way.popleft())
                 ended[-1].wait()
-            start = spot.store.read if op == "read" else spot.store.write
-            under_way.append(start(pieces[number % len(pieces)], spot.offset))
+            start = store.read if op == "read" else store.write
+            under_way.append(start(pieces[number % len(pieces)], offset))
             written += under_way[-1].nbytes if op == "write" else 0
     finally:
         failed = _settle(under_way)

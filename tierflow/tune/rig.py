@@ -1,4 +1,4 @@
-"""Candidates: a setting with its open stores, measured as often as the search asks."""
+"""Candidates: a setting with its open store, measured as often as the search asks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tierflow.tune.floor import Format, step_rate
 from tierflow.tune.knobs import MOST_IN_FLIGHT, Setting
 from tierflow.tune.load import Kind, Limits, Sample
 from tierflow.tune.pages import Pages
-from tierflow.tune.stores import lay_out, open_stores
+from tierflow.tune.stores import lay_out, open_store
 
 #: Transfers are as large as the pieces that the offload block moves, or one block where that is more.
 TRANSFER = 4 << 20
@@ -47,7 +47,7 @@ class Rig:
 
 @dataclass
 class Candidate:
-    """A setting with its stores and every sample that was taken of it. A context manager."""
+    """A setting with its store and every sample that was taken of it. A context manager."""
 
     rig: Rig
     setting: Setting
@@ -56,12 +56,12 @@ class Candidate:
 
     def __post_init__(self) -> None:
         self.samples = {kind: [] for kind in self.rig.kinds}
-        self.stores = open_stores(self.rig.paths, self.nbytes, self.setting, self.rig.weights)
+        self.store = open_store(self.rig.paths, self.nbytes, self.setting, self.rig.weights)
         try:
             self._transfer = max(TRANSFER, self.setting.block_size)
             self._pieces = self.rig.pieces(self.setting, self._transfer)
-            self._spots = lay_out(self.stores, self._transfer)
-            self.rig.budget.written += load.fill(self._spots, self._pieces)
+            self._offsets = lay_out(self.store, self._transfer)
+            self.rig.budget.written += load.fill(self.store, self._offsets, self._pieces)
         except BaseException:
             self.close()
             raise
@@ -71,15 +71,18 @@ class Candidate:
         writers = sum(kind != "read" for kind in self.rig.kinds) or 1
         for kind in self.rig.kinds:
             limits = Limits(seconds, written // writers)
-            sample = load.run(kind, self._spots, self._pieces, limits, self.rig.state.ratio)
+            sample = load.run(kind, self.store, self._offsets, self._pieces, limits, self.rig.state.ratio)
             self.rig.budget.written += sample.written
             self.samples[kind].append(sample)
 
     def latencies(self, kind: Kind, seconds: float, written: int) -> list[float]:
         """Seconds of requests of one block each, with just as many under way as the queue holds."""
         depth = self.setting.queue_depth * len(self.rig.paths)
-        pieces = [piece[: self.setting.block_size] for piece in self._small_pieces(depth)]
-        sample = load.run(kind, self._spots, pieces, Limits(seconds, written), self.rig.state.ratio)
+        block = self.setting.block_size
+        pieces = [piece[:block] for piece in self._small_pieces(depth)]
+        # every block of a transfer in turn: its first ones alone could all lie on one path
+        blocks = [start + at for start in self._offsets for at in range(0, self._transfer - block + 1, block)]
+        sample = load.run(kind, self.store, blocks, pieces, Limits(seconds, written), self.rig.state.ratio)
         self.rig.budget.written += sample.written
         return list(sample.latencies)
 
@@ -107,8 +110,7 @@ class Candidate:
 
     def close(self) -> None:
         """Gives files and threads back."""
-        for store in self.stores:
-            store.close()
+        self.store.close()
 
     def __enter__(self) -> Candidate:
         return self

@@ -11,7 +11,7 @@ from tierflow.tune.knobs import Setting, Space
 from tierflow.tune.load import Kind, Limits, Sample
 from tierflow.tune.rig import Candidate, Rig
 from tierflow.tune.search import Outcome, search
-from tierflow.tune.stores import lay_out, open_stores
+from tierflow.tune.stores import lay_out, open_store
 
 #: Settings to begin with, and the least of them where time is short.
 STARTS, FEWEST = 12, 6
@@ -132,17 +132,13 @@ def calibrate(rig: Rig, nbytes: int, setting: Setting) -> list[float]:
     fills = []
     for number, path in enumerate(rig.paths):
         transfer = max(4 << 20, setting.block_size)
-        stores = open_stores([path], nbytes, setting, [1.0])
-        try:
-            spots, pieces = lay_out(stores, transfer), rig.pieces(setting, transfer)
+        with open_store([path], nbytes, setting, [1.0]) as store:
+            offsets, pieces = lay_out(store, transfer), rig.pieces(setting, transfer)
             began = rig.budget.elapsed
-            rig.budget.written += load.fill(spots, pieces)
+            rig.budget.written += load.fill(store, offsets, pieces)
             fills.append(nbytes / max(rig.budget.elapsed - began, 1e-9))
-            sample = load.run("read", spots, pieces, Limits(rig.budget.seconds * LOOK_SHARE * 2))
+            sample = load.run("read", store, offsets, pieces, Limits(rig.budget.seconds * LOOK_SHARE * 2))
             rig.weights[number] = sample.rate
-        finally:
-            for store in stores:
-                store.close()
     return fills
 
 

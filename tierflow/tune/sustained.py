@@ -12,7 +12,7 @@ from tierflow.sizes import format_size
 from tierflow.tune.knobs import Setting
 from tierflow.tune.load import median
 from tierflow.tune.rig import TRANSFER, Rig
-from tierflow.tune.stores import Spot, lay_out, open_stores
+from tierflow.tune.stores import lay_out, open_store
 
 #: What endurance is told against, where nobody knows the drive's own: a usual rating of a 1 TB consumer drive.
 RATED_BYTES = 600 * 10**12
@@ -49,21 +49,18 @@ def wear(nbytes: int) -> str:
 def write_on(rig: Rig, setting: Setting, nbytes: int, file_bytes: int, tell: Callable[[int, float], None]) -> Sustained:
     """Writes ``nbytes`` in order into files of ``file_bytes`` on each path, again from the start where they end."""
     transfer = max(TRANSFER, setting.block_size)
-    stores = open_stores(rig.paths, file_bytes, setting, rig.weights)
-    try:
+    with open_store(rig.paths, file_bytes, setting, rig.weights) as store:
         pieces = rig.pieces(setting, transfer)
-        spots = lay_out(stores, transfer)
-        steps = _write(rig, spots, transfer, pieces, nbytes, tell)
-    finally:
-        for store in stores:
-            store.close()
+        offsets = lay_out(store, transfer)
+        steps = _write(rig, store, offsets, pieces, nbytes, tell)
     before, after, cache = collapse(steps)
-    return Sustained(steps, before, after, cache, nbytes // transfer > len(spots))
+    return Sustained(steps, before, after, cache, nbytes // transfer > len(offsets))
 
 
 def _write(
-    rig: Rig, spots: list[Spot], transfer: int, pieces: list[memoryview], nbytes: int, tell: Callable[[int, float], None]
+    rig: Rig, store: aio.Store, offsets: list[int], pieces: list[memoryview], nbytes: int, tell: Callable[[int, float], None]
 ) -> list[tuple[int, float]]:  # fmt: skip
+    transfer = len(pieces[0])
     under_way: deque[aio.Ticket] = deque()
     steps: list[tuple[int, float]] = []
     least, mark, last, done = nbytes // STEPS, time.perf_counter(), 0, 0
@@ -72,8 +69,7 @@ def _write(
             if len(under_way) == len(pieces):
                 under_way.popleft().wait()
                 done += transfer
-            spot = spots[number % len(spots)]
-            under_way.append(spot.store.write(pieces[number % len(pieces)], spot.offset))
+            under_way.append(store.write(pieces[number % len(pieces)], offsets[number % len(offsets)]))
             rig.budget.written += transfer
             now = time.perf_counter()
             if done - last >= least and now - mark >= SHORTEST:
