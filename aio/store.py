@@ -181,9 +181,11 @@ class Store:
     def publish(self, target: str | os.PathLike[str], nbytes: int | None = None) -> None:
         """Gives the store's file the name ``target``, cut to ``nbytes``, replacing what has that name in one step.
 
-        Waits for what is under way and for the medium: a crash leaves the old file or the new one, whole. Close the
-        store after it. Raises AioError if a write is lost, OSError for the name, ValueError for a store of several
-        paths or without durability "fdatasync", StoreClosed.
+        Waits for what is under way and for the medium: a crash leaves the old file or the new one, whole. A write that
+        failed is told by its own ticket alone: wait for those first. Close the store after it.
+
+        Raises AioError if the medium refuses the sync, OSError for the name, ValueError for a store of several paths or
+        without durability "fdatasync", StoreClosed.
         """
         self._check_durable("publish")
         if len(self.paths) > 1:
