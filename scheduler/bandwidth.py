@@ -10,7 +10,7 @@ import errno
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,10 +38,10 @@ _ELEMENTS = 1 << 23
 
 @dataclass(frozen=True)
 class Paths:
-    """What is in use: the compute ``device``, the store's folder and options, and what the kernels work on."""
+    """What is in use: the compute ``device``, the store's folder (or several) and options, and what the kernels work on."""
 
     device: torch.device
-    nvme_path: str | None = None
+    nvme_path: str | Sequence[str] | None = None
     aio_options: dict[str, Any] = field(default_factory=dict)
     param_dtype: torch.dtype = torch.float32
     master_dtype: torch.dtype | None = None
@@ -52,8 +52,8 @@ class Paths:
 
 
 def paths_of(
-    units: list[Unit], placement: Placement, device: torch.device, nvme_path: str | None, aio_options: dict[str, Any],
-    drive: Bandwidths | None = None,
+    units: list[Unit], placement: Placement, device: torch.device, nvme_path: str | Sequence[str] | None,
+    aio_options: dict[str, Any], drive: Bandwidths | None = None,
 ) -> Paths:  # fmt: skip
     """The paths of a run. The kernels' format is the one that most of the trained elements have.
 
@@ -90,8 +90,9 @@ def _drive(paths: Paths, memory: torch.Tensor) -> tuple[float, float, float, flo
     assert paths.nvme_path is not None
     if paths.drive is not None:
         return paths.drive.read, paths.drive.write, paths.drive.mixed_read, paths.drive.mixed_write
-    size = _file_bytes(paths.nvme_path)
-    with aio.open(paths.nvme_path, size, **paths.aio_options) as store:
+    folders = [paths.nvme_path] if isinstance(paths.nvme_path, str) else paths.nvme_path
+    size = min(_file_bytes(folder) for folder in folders)
+    with aio.open(folders, size, **paths.aio_options) as store:
         begin = store.allocate(size).offset
         step = min(TRANSFER_BYTES, size // 2)
         spots = [begin + at for at in range(0, size - step + 1, step)]

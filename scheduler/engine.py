@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -437,8 +437,8 @@ class Engine:
             raise RuntimeError("there is nothing to report before the first optimizer.step() has ended")
         if self.bandwidths is None:
             store = self.manager.store
-            placement, path = self.plan.placement, store.path if store else None
-            self.bandwidths = probe(paths_of(self.units, placement, self.device, path, self.io_options, self.drive))
+            placement, folders = self.plan.placement, [path.path for path in store.paths] if store else None
+            self.bandwidths = probe(paths_of(self.units, placement, self.device, folders, self.io_options, self.drive))
         trained = sum(u.chunk.numel for u in self.units if u.trainable)
         return make_report(lanes, self.plan, self.bandwidths, trained, steps)
 
@@ -510,7 +510,7 @@ class Engine:
 
 
 def build_manager(
-    plan: MemoryPlan, device: torch.device, nvme_path: str | None, aio_options: dict[str, Any], debug: Any = None
+    plan: MemoryPlan, device: torch.device, nvme_path: str | Sequence[str] | None, aio_options: dict[str, Any], debug: Any = None
 ) -> Manager:
     """Allocates the arenas and the store exactly as the plan says. Raises OSError naming the path."""
     from tierflow.scheduler.memory import make_lane, make_pools

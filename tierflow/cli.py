@@ -64,7 +64,7 @@ def finetune(
     save_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: none.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from OUTPUT/checkpoint.")] = False,
     prompt: Annotated[str | None, typer.Option(help="Prompt of the sample; default the first held-out text.")] = None,
-    nvme_path: Annotated[Path | None, typer.Option(help="Swap folder if the config names none; default OUTPUT/swap.")] = None,
+    nvme_path: Annotated[list[Path] | None, typer.Option(help="Swap folder if the config names none, or several; default OUTPUT/swap.")] = None,
     report: Annotated[bool, typer.Option("--report", help="Say at the end where a step's time went and what bounds it.")] = False,
     trace: Annotated[Path | None, typer.Option(help="Chrome trace of steps 2 to 4 for Perfetto (JSON).")] = None,
 ) -> None:
@@ -74,7 +74,7 @@ def finetune(
 
     options = Options(
         model, tuple(data), output, config, tuple(eval_data or ()), sequence_length, micro_batch, accumulation, lr,
-        warmup, schedule, steps, epochs, seed, eval_tokens, eval_every, save_every, resume, prompt, nvme_path,
+        warmup, schedule, steps, epochs, seed, eval_tokens, eval_every, save_every, resume, prompt, tuple(nvme_path or ()),
         report, trace,
     )  # fmt: skip
     console = Console()

@@ -60,6 +60,8 @@ class Config(Block):
     notes: tuple[Note, ...] = Field(default=(), exclude=True, repr=False)
     #: What the profile of ``tierflow tune`` measured of the drive.
     drive: Bandwidths | None = Field(default=None, exclude=True, repr=False)
+    #: The folders that the profile was made for, and the share of each.
+    tuned: tuple[tuple[str, float], ...] = Field(default=(), exclude=True, repr=False)
 
     @property
     def computed(self) -> tuple[str, ...]:
@@ -164,6 +166,7 @@ def _with_profile(config: Config) -> Config:
             "aio": _filled(config.aio, profile.aio_settings()),
             "tierflow": config.tierflow.model_copy(update={"engine": profile.engine}),
             "drive": profile.bandwidths(),
+            "tuned": tuple(zip(profile.paths, profile.weights, strict=True)),
         }
     )
 
@@ -274,13 +277,17 @@ def _check_order(config: Config) -> Iterator[str]:
 def _check_paths(config: Config) -> Iterator[str]:
     zero = config.zero_optimization
     param, optim = zero.offload_param.nvme_path, zero.offload_optimizer.nvme_path
-    if param is None or optim is None or os.path.abspath(param) == os.path.abspath(optim):
+    if param is None or optim is None or _absolute(param) == _absolute(optim):
         return
     yield (
         f"zero_optimization.offload_param.nvme_path is {show(param)} and "
         f"zero_optimization.offload_optimizer.nvme_path is {show(optim)}: there is one swap store so far; "
-        "give the same path in both"
+        "give the same in both"
     )
+
+
+def _absolute(paths: str | tuple[str, ...]) -> list[str]:
+    return [os.path.abspath(path) for path in ([paths] if isinstance(paths, str) else paths)]
 
 
 def _check_adam(config: Config) -> Iterator[str]:

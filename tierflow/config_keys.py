@@ -133,13 +133,15 @@ _SCHEDULER = [
     _refused("scheduler.params.last_batch_iteration", NUMBER, (-1,), "resume with a checkpoint instead"),
 ]
 
+_FOLDERS = 'a path, a list of different paths (striped over), or "auto"'
+
 _PLACES = [
     _honoured(f"{_ZERO}.stage", '0, 1, 2, 3 or "auto"', "3",
               note="with one rank nothing is partitioned; offload_param needs 3 and offload_optimizer 1 or more"),
     _honoured(f"{_PARAM}.device", _TIER, "auto", note="DeepSpeed's default is none"),
-    _honoured(f"{_PARAM}.nvme_path", 'a path or "auto"', "offload_optimizer's", "directory"),
+    _honoured(f"{_PARAM}.nvme_path", _FOLDERS, "offload_optimizer's", "directory"),
     _honoured(f"{_OPTIM}.device", _TIER, "auto", note="not faster than offload_param.device"),
-    _honoured(f"{_OPTIM}.nvme_path", 'a path or "auto"', "offload_param's", "directory"),
+    _honoured(f"{_OPTIM}.nvme_path", _FOLDERS, "offload_param's", "directory"),
     _refused(f"{_OPTIM}.ratio", NUMBER, (1,),
              "a split of the optimizer between device and host is not available; faster tiers with room left serve as "
              "its cache anyway, so leave ratio out"),

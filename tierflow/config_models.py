@@ -24,6 +24,15 @@ def _path(value: Any) -> Any:
     return os.path.expanduser(value)
 
 
+def _paths(value: Any) -> Any:
+    if not isinstance(value, (list, tuple)):
+        return _path(value)
+    found = tuple(map(_path, value))
+    if not found or len(set(map(os.path.abspath, found))) < len(found):
+        raise ValueError("expected different paths")
+    return found
+
+
 def _betas(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
@@ -35,6 +44,8 @@ Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Size = Annotated[int, BeforeValidator(parse_size)]
 Directory = Annotated[str, BeforeValidator(_path)]
+#: One, or several that make one store.
+Directories = Annotated[str | tuple[str, ...], BeforeValidator(_paths)]
 Where = Literal["none", "cpu", "nvme", "auto"]
 
 
@@ -85,11 +96,11 @@ class TierflowBlock(Block):
 
 
 class OffloadBlock(Block):
-    """Where a kind of state lives, and on which directory's drive when that is NVMe."""
+    """Where a kind of state lives, and on which directories' drives when that is NVMe."""
 
     says_auto = frozenset({"device"})
     device: Where = "auto"
-    nvme_path: Directory | None = None
+    nvme_path: Directories | None = None
 
 
 class ZeroBlock(Block):

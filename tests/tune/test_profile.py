@@ -7,25 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from profiles import profile
 from pydantic import ValidationError
 
 from tierflow.config import ConfigError, load_config
 from tierflow.tune.floor import FORMATS, parse_parameters, step_rate, step_seconds
 from tierflow.tune.plot import plot
-from tierflow.tune.profile import Profile, Tried, read_profile
+from tierflow.tune.profile import Tried, read_profile
 
-FIGURES = {"read": 4e9, "write": 0.0, "low": 3e9, "high": 5e9, "latency_p50": 1e-3, "latency_p99": 2e-3,
-           "cpu_per_gib": 0.01, "samples": 5}  # fmt: skip
-
-
-def profile(**changes: Any) -> Profile:
-    values = {
-        "made": "2026-01-01T00:00:00+00:00", "command": "tierflow tune /mnt/a", "paths": ["/mnt/a"], "weights": [1.0],
-        "engine": "io_uring", "block_size": 1 << 20, "queue_depth": 24, "rings": 1, "huge_pages": True, "size": 1 << 30,
-        "mixed_ratio": (14, 12), "read": FIGURES, "write": FIGURES | {"read": 0.0, "write": 3e9},
-        "mixed": FIGURES | {"read": 1.5e9, "write": 1.25e9}, "complete": True, "seconds": 50.0, "bytes_written": 10**9,
-    } | changes  # fmt: skip
-    return Profile.model_validate(values)
 
 
 @pytest.fixture
@@ -170,6 +159,7 @@ def test_a_run_with_a_profile_opens_its_store_so_and_reports_by_its_rates(file: 
 
     import tierflow
 
+    profile(paths=[str(tmp_path)]).write_to(file)
     model = tiny.llama(layers=2, hidden=32)
     config = tiny.config("nvme", tmp_path, **tiny.tight(model, "nvme")) | {"aio": str(file)}
     _, optimizer = tierflow.offload(model, config)

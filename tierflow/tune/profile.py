@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from tierflow.scheduler.rates import Bandwidths
 
@@ -76,6 +76,13 @@ class Profile(_Part):
     cautions: list[str] = []
     machine: dict[str, Any] = {}
     sustained: dict[str, Any] | None = None
+
+    @field_validator("weights")
+    @classmethod
+    def _one_for_each_path(cls, weights: list[float], info: ValidationInfo) -> list[float]:
+        if len(weights) != len(info.data.get("paths", weights)):
+            raise ValueError("there must be one for each path")
+        return weights
 
     def aio_settings(self) -> dict[str, Any]:
         """As the keys of a config's ``aio`` block."""
