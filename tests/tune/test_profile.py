@@ -16,7 +16,6 @@ from tierflow.tune.plot import plot
 from tierflow.tune.profile import Tried, read_profile
 
 
-
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "profile.json"
