@@ -1,18 +1,19 @@
-"""Asynchronous file I/O: one unnamed, preallocated file in a directory, and transfers between it and memory.
+"""Asynchronous file I/O: a range of bytes in unnamed, preallocated files, and transfers between it and memory.
 
-    store = tierflow.aio.open("/mnt/nvme0", capacity=8 << 30)
-    extent = store.allocate(len(buffer))
-    store.write(buffer, extent.offset).wait()
-    store.read(buffer, extent.offset).wait()
-    store.close()
+    with tierflow.aio.open(["/mnt/nvme0", "/mnt/nvme1"], capacity=8 << 30) as store:
+        extent = store.allocate(buffer.nbytes)
+        store.write(buffer, extent.offset).wait()
+        store.read(buffer, extent.offset).wait()
 
-Nothing here knows tensors, training or torch. All sizes and offsets are in bytes.
+Nothing here knows tensors, training or torch. All sizes and offsets are in bytes. See docs/aio.md.
 """
 
-from .errors import AioError, DiskFull, EngineUnavailable, OutOfSpace, StoreClosed
+from .errors import AioError, CorruptData, DiskFull, EngineUnavailable, OutOfSpace, StoreClosed
 from .extents import Extent, ExtentAllocator
+from .measure import Speed, measure
+from .opening import DEFAULT_BLOCK_SIZE, DEFAULT_QUEUE_DEPTH, DEFAULT_THREADS, open
 from .probe import Probe, probe
-from .store import DEFAULT_BLOCK_SIZE, DEFAULT_QUEUE_DEPTH, DEFAULT_THREADS, Store, open
+from .store import Path, Store
 from .ticket import Ticket
 
 __all__ = [
@@ -20,15 +21,19 @@ __all__ = [
     "DEFAULT_QUEUE_DEPTH",
     "DEFAULT_THREADS",
     "AioError",
+    "CorruptData",
     "DiskFull",
     "EngineUnavailable",
     "Extent",
     "ExtentAllocator",
     "OutOfSpace",
+    "Path",
     "Probe",
+    "Speed",
     "Store",
     "StoreClosed",
     "Ticket",
+    "measure",
     "open",
     "probe",
 ]

@@ -16,6 +16,10 @@ class AioError(OSError):
         self.length = length
 
 
+class CorruptData(AioError):
+    """What was read is not what was written: its checksum differs. ``offset`` and ``length`` name the first part."""
+
+
 class DiskFull(OSError):
     """The file system has no room for a store. ``needed`` and ``free`` in bytes."""
 

@@ -37,6 +37,7 @@ class ExtentAllocator:
         self.capacity = capacity - capacity % granularity
         self._free = [Extent(0, self.capacity)] if self.capacity else []  # by offset
         self._live: list[Extent] = []  # by offset
+        self._starts: list[int] = []  # their offsets
 
     @property
     def allocated(self) -> int:
@@ -65,6 +66,7 @@ class ExtentAllocator:
         self._free[best : best + 1] = rest
         extent = Extent(piece.offset, size)
         insort(self._live, extent)
+        insort(self._starts, extent.offset)
         return extent
 
     def free(self, extent: Extent) -> None:
@@ -72,7 +74,7 @@ class ExtentAllocator:
         index = bisect_left(self._live, extent)
         if index == len(self._live) or self._live[index] != extent:
             raise ValueError(f"{extent} is not allocated in this store")
-        del self._live[index]
+        del self._live[index], self._starts[index]
         start, end = extent.offset, extent.end
         at = bisect_left(self._free, extent)
         after = at
@@ -86,5 +88,5 @@ class ExtentAllocator:
 
     def covers(self, offset: int, nbytes: int) -> bool:
         """Whether the range lies inside one live extent."""
-        index = bisect_right(self._live, offset, key=lambda extent: extent.offset)
+        index = bisect_right(self._starts, offset)
         return index > 0 and offset + nbytes <= self._live[index - 1].end

@@ -23,10 +23,15 @@ _NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS, errno
 
 @dataclass(frozen=True)
 class Scratch:
-    """An open file without a name. ``alignment`` in bytes; ``note``: why I/O is buffered, or None."""
+    """An open file without a name.
+
+    ``alignment`` of offsets and lengths and ``memory_alignment`` of addresses, in bytes, 1 where any will do;
+    ``note``: why I/O is buffered, or None.
+    """
 
     fd: int
     alignment: int
+    memory_alignment: int
     direct: bool
     note: str | None
 
@@ -55,14 +60,14 @@ def refuses_uring(path: str) -> str:
     return f"{path} is on FUSE, where io_uring resumes short transfers in the wrong place." if on_fuse else ""
 
 
-def create(path: str, capacity: int) -> Scratch:
+def create(path: str, capacity: int, *, linkable: bool = False) -> Scratch:
     """Makes the file in the directory ``path`` with ``capacity`` bytes reserved on disk.
 
-    Raises DiskFull, or the OSError of a file system that refuses.
+    ``linkable``: it may be given a name later. Raises DiskFull, or the OSError of a file system that refuses.
     """
-    fd = _open_unnamed(path)
+    fd = _open_linkable(path) if linkable else _open_unnamed(path)
     try:
-        direct, alignment, reason = _go_direct(fd, path)
+        direct, alignment, memory_alignment, reason = _go_direct(fd, path)
         notes = [reason] if reason else []
         if not _reserve(fd, path, capacity):
             notes.append(
@@ -71,7 +76,45 @@ def create(path: str, capacity: int) -> Scratch:
     except BaseException:
         os.close(fd)
         raise
-    return Scratch(fd, alignment, direct, " ".join(notes) or None)
+    return Scratch(fd, alignment, memory_alignment, direct, " ".join(notes) or None)
+
+
+def publish(fd: int, path: str, target: str, nbytes: int) -> None:
+    """Cuts the file to ``nbytes`` and gives it the name ``target``, in the place of whatever has that name.
+
+    Once this returns, file and name survive a crash; if it does not return, ``target`` is what it was.
+    """
+    os.ftruncate(fd, nbytes)
+    os.fsync(fd)
+    folder, name = os.path.split(os.path.abspath(target))
+    directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    interim = f".{name}.{os.getpid()}.{fd}.tierflow"
+    try:
+        # With a directory given, Python calls linkat, which alone follows the link that /proc shows.
+        os.link(f"/proc/self/fd/{fd}", interim, src_dir_fd=directory, dst_dir_fd=directory)
+        try:
+            os.rename(interim, name, src_dir_fd=directory, dst_dir_fd=directory)
+        except BaseException:
+            os.unlink(interim, dir_fd=directory)
+            raise
+        os.fsync(directory)
+    except OSError as error:
+        reason = f"the file of the store in {path} cannot get this name: {error.strerror}"
+        if error.errno == errno.EXDEV:
+            reason += " (they are on different file systems)"
+        raise OSError(error.errno, reason, target) from None
+    finally:
+        os.close(directory)
+
+
+def _open_linkable(path: str) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno in _NO_TMPFILE:
+            error.strerror = "the file system has no O_TMPFILE, which a store with durability='fdatasync' needs"
+        error.filename = path
+        raise
 
 
 def _open_unnamed(path: str) -> int:
@@ -90,11 +133,14 @@ def _open_unnamed(path: str) -> int:
     return fd
 
 
-def _go_direct(fd: int, path: str) -> tuple[bool, int, str]:
-    """Turns O_DIRECT on where there is a device behind the file. Returns (direct, alignment, why not)."""
+def _go_direct(fd: int, path: str) -> tuple[bool, int, int, str]:
+    """Turns O_DIRECT on where there is a device behind the file.
+
+    Returns (direct, alignment of offsets, alignment of memory, why not direct).
+    """
     in_memory = _IN_MEMORY.get(_aio.filesystem_magic(fd))
     if in_memory:
-        return False, _LEAST_ALIGNMENT, f"{path} is on {in_memory}, which is memory: I/O is buffered."
+        return False, 1, 1, f"{path} is on {in_memory}, which is memory: I/O is buffered."
     found = _aio.direct_alignment(fd)
     refused = found is not None and 0 in found
     if not refused:
@@ -103,9 +149,12 @@ def _go_direct(fd: int, path: str) -> tuple[bool, int, str]:
         except OSError:
             refused = True
     if refused:
-        return False, _LEAST_ALIGNMENT, f"the file system of {path} has no O_DIRECT: I/O is buffered."
-    alignment = max(found) if found else _logical_block_size(fd)
-    return True, max(alignment, _LEAST_ALIGNMENT), ""
+        return False, 1, 1, f"the file system of {path} has no O_DIRECT: I/O is buffered."
+    if found is None:
+        size = max(_logical_block_size(fd), _LEAST_ALIGNMENT)
+        return True, size, size, ""
+    memory, offset = found
+    return True, max(offset, _LEAST_ALIGNMENT), memory, ""
 
 
 def _set_direct(fd: int) -> None:

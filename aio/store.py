@@ -1,127 +1,94 @@
-"""A store: one unnamed file, its extents, and the engine that moves bytes."""
+"""A store: a range of bytes over one or several unnamed files, its extents, and the engines that move bytes."""
 
 from __future__ import annotations
 
-import errno
+import operator
 import os
 import threading
 import weakref
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from . import _aio, scratch
 from .buffers import memory_of
-from .errors import EngineUnavailable, StoreClosed
-from .extents import Extent, ExtentAllocator, round_up
-from .probe import explain, probe
+from .errors import StoreClosed
+from .extents import Extent, ExtentAllocator
 from .ticket import Ticket
 
-EngineName = Literal["auto", "io_uring", "threads"]
-
-DEFAULT_BLOCK_SIZE = 2 << 20
-DEFAULT_QUEUE_DEPTH = 16
-DEFAULT_THREADS = 8
-_EXTENT_GRANULARITY = 4096
-_LARGEST_BLOCK = 1 << 30  # a single read or write moves at most 2 GiB less a page
+EXTENT_GRANULARITY = 4096
 
 
-def open(
-    path: str | os.PathLike[str],
-    capacity: int,
-    *,
-    engine: EngineName = "auto",
-    block_size: int = DEFAULT_BLOCK_SIZE,
-    queue_depth: int = DEFAULT_QUEUE_DEPTH,
-    threads: int = DEFAULT_THREADS,
-) -> Store:
-    """Makes a store of ``capacity`` bytes (rounded up) in the directory ``path``, gone with the process.
+@dataclass(frozen=True)
+class Path:
+    """One directory of a store and what moves bytes to and from the file there.
 
-    ``block_size``: bytes moved by one system call (rounded up to the alignment). ``queue_depth``: blocks that
-    io_uring keeps in flight. ``threads``: of the thread-pool engine, each with one block in flight.
-
-    Raises FileNotFoundError, NotADirectoryError or PermissionError for the directory, DiskFull, ValueError
-    for an argument out of range, and EngineUnavailable when ``engine="io_uring"`` cannot run here.
+    ``engine``: "io_uring" or "threads". ``alignment`` and ``memory_alignment`` in bytes, 1 where any will do.
+    ``note``: why I/O is buffered or io_uring is not used, or None.
     """
-    _check_range("capacity", capacity, 1, 1 << 62)
-    _check_range("block_size", block_size, 1, _LARGEST_BLOCK)
-    _check_range("queue_depth", queue_depth, 1, 4096)
-    _check_range("threads", threads, 1, 1024)
-    if engine not in ("auto", "io_uring", "threads"):
-        raise ValueError(f"engine is {engine!r}: one of 'auto', 'io_uring', 'threads'")
-    path = os.fspath(path)
-    scratch.check_directory(path)
-    block_size = round_up(block_size, _EXTENT_GRANULARITY)
-    # The engine first: a store that cannot be had should not first fill a disk.
-    refusal = "" if engine == "threads" else scratch.refuses_uring(path)
-    mover, name, note = _start_engine(engine, refusal, block_size, queue_depth, threads)
-    try:
-        return Store(path, capacity, mover, name, note)
-    except BaseException:
-        mover.close()
-        raise
 
+    path: str
+    file: _aio.File
+    mover: _aio.Engine
+    engine: str
+    note: str | None
+    alignment: int
+    memory_alignment: int
+    direct: bool
 
-def _check_range(field: str, value: int, least: int, most: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{field} is {value!r}: an integer is needed")
-    if not least <= value <= most:
-        raise ValueError(f"{field} is {value}: between {least} and {most} is possible")
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from here so far."""
+        return self.mover.bytes_moved(False)
 
-
-def _start_engine(
-    engine: EngineName, refusal: str, block_size: int, queue_depth: int, threads: int
-) -> tuple[_aio.Engine, str, str | None]:
-    """Returns (engine, its name, why it is not io_uring although it could have been)."""
-    if engine == "threads":
-        return _aio.thread_engine(block_size, threads), "threads", None
-    code = errno.EOPNOTSUPP
-    if not refusal and not _aio.BUILT_WITH_IO_URING:
-        refusal = probe().reason
-    if not refusal:
-        try:
-            return _aio.uring_engine(block_size, queue_depth), "io_uring", None
-        except OSError as error:
-            code = error.errno or code
-            refusal = explain(code)
-    if engine == "io_uring":
-        raise EngineUnavailable(code, refusal)
-    note = f"{refusal} A pool of {threads} threads is used."
-    return _aio.thread_engine(block_size, threads), "threads", note
+    @property
+    def bytes_written(self) -> int:
+        """Bytes written here so far."""
+        return self.mover.bytes_moved(True)
 
 
 class Store:
-    """One unnamed file of fixed size and what moves bytes to and from it. Made by ``tierflow.aio.open``.
+    """A range of bytes of fixed size, and what moves bytes to and from it. Made by ``tierflow.aio.open``.
 
-    Any thread may call it. Transfers under way at once are not ordered among each other: to read what is
-    being written, wait for the write. Usable as a context manager; everything raises StoreClosed after
-    ``close()`` (counters excepted) and in a forked child.
+    Any thread may call it. Transfers under way at once are not ordered among each other: to read what is being
+    written, wait for the write, and the other way round. Transfers that share no byte never disturb each other,
+    whatever their alignment. Usable as a context manager; everything raises StoreClosed after ``close()``
+    (counters excepted) and in a forked child.
 
-    ``path``: the directory. ``capacity``: bytes. ``alignment``: bytes that memory address, offset and length
-    of each transfer must be multiples of. ``direct``: whether the page cache is bypassed. ``engine``:
-    "io_uring" or "threads". ``note``: why I/O is buffered or io_uring is not used, for the caller to say
-    once, or None.
+    ``paths``: one ``Path`` for each directory; ``path``: the first one's. ``capacity``, ``stripe``: bytes.
+    ``alignment``: offsets and lengths that are multiples of it, at addresses that are multiples of
+    ``memory_alignment``, go straight between buffer and device; others pass through aligned memory, which
+    ``bounced_bytes`` counts. ``direct``: whether the page cache is bypassed on every path. ``engine``: "io_uring",
+    "threads", or both names with a plus between. ``note``: why I/O is buffered or io_uring is not used, for the
+    caller to say once, or None.
     """
 
-    def __init__(self, path: str, capacity: int, mover: _aio.Engine, engine: str, note: str | None) -> None:
-        capacity = round_up(capacity, _EXTENT_GRANULARITY)
-        made = scratch.create(path, capacity)
-        self.path = path
-        self.alignment = made.alignment
-        self.direct = made.direct
-        self.engine = engine
-        self.note = " ".join(part for part in (made.note, note) if part) or None
-        granularity = max(_EXTENT_GRANULARITY, made.alignment)
-        self._extents = ExtentAllocator(capacity, granularity)
+    def __init__(
+        self, paths: Sequence[Path], capacity: int, stripe: int, turns: Sequence[int], durability: str
+    ) -> None:
+        self.paths = tuple(paths)
+        self.path = paths[0].path
+        self.alignment = max(path.file.grain for path in paths)
+        self.memory_alignment = max(path.memory_alignment for path in paths)
+        self.direct = all(path.direct for path in paths)
+        self.engine = "+".join(sorted({path.engine for path in paths}))
+        self.note = " ".join(path.note for path in paths if path.note) or None
+        self.stripe = stripe
+        self.durability = durability
+        self._extents = ExtentAllocator(capacity, max(EXTENT_GRANULARITY, self.alignment))
         self.capacity = self._extents.capacity
+        self._names = [path.path for path in paths]
         self._lock = threading.Lock()
         self._under_way: dict[int, Ticket] = {}
-        self._handles = _Handles(_aio.File(made.fd, made.alignment, made.direct), mover)
+        self._array = _aio.Array([path.mover for path in paths], stripe, list(turns))
+        self._handles = _Handles(self.paths)
         # Also runs at exit, while everything that the transfers touch still exists.
         self._finalizer = weakref.finalize(self, _finish, self._handles, self._under_way)
         _open_handles.add(self._handles)
 
     def __repr__(self) -> str:
         state = "closed" if self._handles.closed else self.engine
-        return f"<tierflow.aio.Store {self.path!r}, {self.capacity} bytes, {state}>"
+        return f"<tierflow.aio.Store {', '.join(map(repr, self._names))}, {self.capacity} bytes, {state}>"
 
     @property
     def allocated(self) -> int:
@@ -132,29 +99,36 @@ class Store:
     @property
     def bytes_read(self) -> int:
         """Bytes read so far, those of transfers under way and of failed ones included."""
-        return self._handles.mover.bytes_moved(False)
+        return self._array.bytes_moved(False)
 
     @property
     def bytes_written(self) -> int:
         """Bytes written so far, those of transfers under way and of failed ones included."""
-        return self._handles.mover.bytes_moved(True)
+        return self._array.bytes_moved(True)
+
+    @property
+    def bounced_bytes(self) -> int:
+        """Bytes submitted so far that had to pass through aligned memory; of the callers' buffers."""
+        return self._array.bytes_bounced()
 
     @property
     def read_seconds(self) -> float:
         """Seconds during which at least one read was under way or queued."""
-        return self._own().mover.busy_seconds(False)
+        self._check_owner()
+        return self._array.busy_seconds(False)
 
     @property
     def write_seconds(self) -> float:
         """Seconds during which at least one write was under way or queued."""
-        return self._own().mover.busy_seconds(True)
+        self._check_owner()
+        return self._array.busy_seconds(True)
 
     def allocate(self, nbytes: int) -> Extent:
         """Takes an extent of at least ``nbytes`` bytes (rounded up to 4096 or the alignment, if larger).
 
         Raises OutOfSpace, ValueError unless ``nbytes`` is positive, StoreClosed.
         """
-        self._open()
+        self._check_open()
         with self._lock:
             return self._extents.allocate(nbytes)
 
@@ -163,101 +137,148 @@ class Store:
 
         Raises ValueError if it is not live, or a transfer on it is under way; StoreClosed.
         """
-        self._open()
+        self._check_open()
         with self._lock:
             for ticket in self._under_way.values():
-                touches = ticket.offset < extent.end and extent.offset < ticket.offset + ticket.nbytes
-                if touches and not ticket.done():
+                if ticket.touches(extent.offset, extent.end) and not ticket.done():
                     raise ValueError(f"{extent} cannot be freed: a {ticket!r} touches it")
             self._extents.free(extent)
 
-    def read(self, buffer: Any, offset: int) -> Ticket:
+    def read(self, buffer: Any, offset: int, *, urgent: bool = True) -> Ticket:
         """Starts filling ``buffer`` from byte ``offset`` of the store. The ticket keeps the buffer alive.
 
         ``buffer``: anything with the buffer protocol, or with ``data_ptr()`` and ``nbytes`` (a contiguous
-        tensor on the CPU). Raises ValueError naming what is misaligned, read-only, not contiguous or outside
-        one live extent; TypeError; StoreClosed. What goes wrong later is raised by the ticket.
-        """
-        return self._start("read", buffer, offset)
+        tensor on the CPU). ``urgent``: goes before what is not; of that, one block goes for every 16 urgent ones.
 
-    def write(self, buffer: Any, offset: int) -> Ticket:
+        Raises ValueError naming what is read-only, not contiguous or outside one live extent; TypeError;
+        StoreClosed. What goes wrong later is raised by the ticket.
+        """
+        return self._start("read", ((buffer, offset),), urgent)
+
+    def write(self, buffer: Any, offset: int, *, urgent: bool = False) -> Ticket:
         """Starts writing ``buffer`` at byte ``offset``; else as ``read``. Leave the bytes alone till done."""
-        return self._start("write", buffer, offset)
+        return self._start("write", ((buffer, offset),), urgent)
+
+    def readv(self, requests: Iterable[tuple[Any, int]], *, urgent: bool = True) -> Ticket:
+        """Starts many reads, (buffer, offset) each, under one ticket; nothing starts if one is refused."""
+        return self._start("read", requests, urgent)
+
+    def writev(self, requests: Iterable[tuple[Any, int]], *, urgent: bool = False) -> Ticket:
+        """Starts many writes, (buffer, offset) each, under one ticket; nothing starts if one is refused."""
+        return self._start("write", requests, urgent)
+
+    def fsync(self) -> Ticket:
+        """Its ticket is done once every write submitted before is on the medium (fdatasync on each path).
+
+        Writes submitted later reach the device after it. A write that failed is told by its own ticket alone.
+        Raises ValueError unless the store has durability "fdatasync"; StoreClosed.
+        """
+        self._check_open()
+        self._check_durable("fsync")
+        with self._lock:
+            return self._follow(Ticket(self._submitted("sync"), (), self._names, "fsync", ()))
+
+    def publish(self, target: str | os.PathLike[str], nbytes: int | None = None) -> None:
+        """Gives the store's file the name ``target``, cut to ``nbytes``, replacing what has that name in one step.
+
+        Waits for what is under way and for the medium: a crash leaves the old file or the new one, whole. A write that
+        failed is told by its own ticket alone: wait for those first. Close the store after it.
+
+        Raises AioError if the medium refuses the sync, OSError for the name, ValueError for a store of several paths or
+        without durability "fdatasync", StoreClosed.
+        """
+        self._check_durable("publish")
+        if len(self.paths) > 1:
+            raise ValueError(f"publish: a store of {len(self.paths)} paths is no one file")
+        self.fsync().wait()
+        length = self.capacity if nbytes is None else operator.index(nbytes)
+        if not 0 <= length <= self.capacity:
+            raise ValueError(f"nbytes is {length}: between 0 and {self.capacity}, the capacity, is possible")
+        scratch.publish(self.paths[0].file.fd, self.path, os.fspath(target), length)
 
     def close(self) -> None:
         """Waits for what is under way, then gives the disk space back. Again is allowed and does nothing."""
         self._finalizer()
         if self._handles.pid == os.getpid():
             # Another thread's close() may still be waiting: neither returns early.
-            self._handles.mover.close()
+            for path in self.paths:
+                path.mover.close()
 
     def __enter__(self) -> Store:
-        self._open()
+        self._check_open()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _start(self, op: str, buffer: Any, offset: int) -> Ticket:
-        handles = self._open()
-        memory = memory_of(buffer, writable=op == "read")
-        self._check(memory.address, memory.nbytes, offset)
+    def _start(self, op: str, requests: Iterable[tuple[Any, int]], urgent: bool) -> Ticket:
+        self._check_open()
+        reading = op == "read"
+        owners, ranges = [], []
+        for buffer, offset in requests:
+            address, nbytes, owner = memory_of(buffer, writable=reading)
+            owners.append(owner)
+            ranges.append((address, operator.index(offset), nbytes))
+        if not ranges:
+            raise ValueError("requests is empty: there is nothing to transfer")
         with self._lock:
-            if not self._extents.covers(offset, memory.nbytes):
-                raise ValueError(
-                    f"offset {offset} and length {memory.nbytes}: not inside one extent allocated here"
-                )
-            self._sweep()
-            try:
-                state = handles.mover.submit(
-                    handles.file, op == "write", memory.address, offset, memory.nbytes
-                )
-            except OSError as error:
-                raise StoreClosed(f"the store in {self.path} no longer takes transfers: {error}") from None
-            ticket = Ticket(state, memory.owner, self.path, op=op, offset=offset, nbytes=memory.nbytes)
-            self._under_way[id(ticket)] = ticket
-        return ticket
+            self._check_ranges(ranges)
+            return self._follow(Ticket(self._submitted(op, ranges, urgent), owners, self._names, op, ranges))
 
-    def _check(self, address: int, nbytes: int, offset: int) -> None:
-        if nbytes == 0:
-            raise ValueError("length is 0: there is nothing to transfer")
-        for field, value in (("memory address", address), ("offset", offset), ("length", nbytes)):
-            if value < 0 or value % self.alignment:
-                raise ValueError(
-                    f"{field} {value} is not a multiple of {self.alignment}, the alignment of {self.path}"
-                )
+    def _check_ranges(self, ranges: list[tuple[int, int, int]]) -> None:
+        covers = self._extents.covers
+        for _, offset, nbytes in ranges:
+            if nbytes == 0:
+                raise ValueError("length is 0: there is nothing to transfer")
+            if not covers(offset, nbytes):
+                raise ValueError(f"offset {offset} and length {nbytes}: not inside one extent allocated here")
 
-    def _sweep(self) -> None:
-        """Lets go of tickets that are done, and done() lets go of their buffers. With the lock held.
+    def _submitted(self, op: str, ranges: list[tuple[int, int, int]] | None = None, urgent: bool = False) -> _aio.Ticket:
+        try:
+            if ranges is None:
+                return self._array.sync()
+            return self._array.submit(op == "write", urgent, ranges)
+        except OSError as error:
+            raise StoreClosed(f"the store in {self.path} no longer takes transfers: {error}") from None
 
-        Oldest first and no further than the first one under way: engines work nearly in order, and a look at
-        every ticket on every call would make many small transfers quadratic.
+    def _follow(self, ticket: Ticket) -> Ticket:
+        """Keeps the ticket, and so its buffers, until it is over. With the lock held.
+
+        Those that are over go, oldest first and no further than the first one under way: engines work nearly in
+        order, and a look at every ticket on every call would make many small transfers quadratic.
         """
         while self._under_way:
-            key, ticket = next(iter(self._under_way.items()))
-            if not ticket.done():
-                return
+            key, oldest = next(iter(self._under_way.items()))
+            if not oldest.done():
+                break
             del self._under_way[key]
+        self._under_way[id(ticket)] = ticket
+        return ticket
 
-    def _own(self) -> _Handles:
+    def _check_durable(self, what: str) -> None:
+        if self.durability != "fdatasync":
+            raise ValueError(
+                f"{what}: the store was opened with durability {self.durability!r}, and nothing in it outlives the "
+                "process; open it with durability='fdatasync'"
+            )
+
+    def _check_owner(self) -> None:
         if self._handles.pid != os.getpid():
             raise StoreClosed(
                 f"the store in {self.path} belongs to the process that this one was forked from"
             )
-        return self._handles
 
-    def _open(self) -> _Handles:
-        if self._own().closed:
+    def _check_open(self) -> None:
+        self._check_owner()
+        if self._handles.closed:
             raise StoreClosed(f"the store in {self.path} is closed")
-        return self._handles
 
 
 class _Handles:
     """What has to be given back to the system, apart from the store so that a finalizer can hold it."""
 
-    def __init__(self, file: _aio.File, mover: _aio.Engine) -> None:
-        self.file = file
-        self.mover = mover
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
         self.pid = os.getpid()
         self.closed = False
 
@@ -269,19 +290,22 @@ def _finish(handles: _Handles, under_way: dict[int, Ticket]) -> None:
     handles.closed = True
     if handles.pid != os.getpid():
         return
-    handles.mover.close()
-    handles.file.close()
+    for path in handles.paths:
+        path.mover.close()
+    for path in handles.paths:
+        path.file.close()
     for ticket in list(under_way.values()):
         ticket.done()
     under_way.clear()
 
 
 def _after_fork() -> None:
-    """The child keeps neither the disk space nor the ring of its parent, however long it lives."""
+    """The child keeps neither the disk space nor the rings of its parent, however long it lives."""
     for handles in list(_open_handles):
         handles.closed = True
-        handles.file.close()
-        handles.mover.abandon()
+        for path in handles.paths:
+            path.file.close()
+            path.mover.abandon()
 
 
 os.register_at_fork(after_in_child=_after_fork)

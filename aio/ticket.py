@@ -4,58 +4,91 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
+from typing import Any
 
 from . import _aio
-from .errors import AioError
+from .errors import AioError, CorruptData
+
+# Memory that the kernel may still write to although nobody will learn when it has: a ring was lost with it.
+_never_freed: list[Any] = []
 
 
 class Ticket:
-    """A read or write under way. Its buffer is held until it is over, even if nobody holds the ticket.
+    """One or many reads or writes, or an fsync, under way. Buffers are held until it is over, even if nobody holds
+    the ticket.
 
-    Made by ``Store.read`` and ``Store.write``. ``nbytes`` is what was asked for, in bytes.
+    Made by ``Store.read``, ``write``, ``readv``, ``writev`` and ``fsync``. ``op``: "read", "write" or "fsync".
+    ``nbytes`` is what was asked for in all, ``offset`` where the first range begins, both in bytes.
     """
 
-    __slots__ = ("_buffer", "_path", "_state", "nbytes", "offset", "op")
+    __slots__ = ("_buffers", "_paths", "_ranges", "_state", "nbytes", "op")
 
     def __init__(
-        self, state: _aio.Ticket, buffer: object, path: str, *, op: str, offset: int, nbytes: int
+        self,
+        state: _aio.Ticket,
+        buffers: Sequence[object],
+        paths: Sequence[str],
+        op: str,
+        ranges: Sequence[tuple[int, int, int]],
     ) -> None:
         self._state = state
-        self._buffer: object | None = buffer
-        self._path = path
+        self._buffers: Sequence[object] | None = buffers
+        self._paths = paths
         self.op = op
-        self.offset = offset
-        self.nbytes = nbytes
+        self._ranges = ranges  # (address, offset, length)
+        self.nbytes = ranges[0][2] if len(ranges) == 1 else sum(length for _, _, length in ranges)
 
     def __repr__(self) -> str:
         state = "done" if self._state.done() else "under way"
-        return f"<{self.op} of {self.nbytes} bytes at offset {self.offset}, {state}>"
+        if self.op == "fsync":
+            return f"<fsync, {state}>"
+        what = f"at offset {self.offset}" if len(self._ranges) == 1 else f"in {len(self._ranges)} ranges"
+        return f"<{self.op} of {self.nbytes} bytes {what}, {state}>"
+
+    @property
+    def offset(self) -> int:
+        """Where the first range begins in the store, in bytes."""
+        return self._ranges[0][1] if self._ranges else 0
+
+    def touches(self, begin: int, end: int) -> bool:
+        """Whether a range shares bytes with [begin, end) of the store."""
+        return any(offset < end and begin < offset + length for _, offset, length in self._ranges)
 
     def done(self) -> bool:
         """Whether the transfer is over, well or badly. Never raises."""
         if not self._state.done():
             return False
-        self._buffer = None
+        self._let_go()
         return True
 
     def wait(self) -> None:
-        """Blocks until the transfer is over. Raises AioError if it failed, each time it is called.
+        """Blocks until the transfer is over. Raises AioError if it failed, each time it is called; CorruptData
+        where a checksum did not match.
 
         Other threads run meanwhile. Ctrl-C interrupts the wait and not the transfer.
         """
         code = self._state.wait()
-        self._buffer = None
-        if code == 0:
-            return
-        at_end = code == _aio.END_OF_FILE
-        raise AioError(
-            errno.EIO if at_end else code,
-            "the file ends before it" if at_end else os.strerror(code),
-            self._path,
-            op=self.op,
-            offset=self._state.failed_offset,
-            length=self._state.failed_length,
-        )
+        self._let_go()
+        if code != 0:
+            raise self._error(code)
+
+    def _let_go(self) -> None:
+        if self._buffers is not None and self._state.orphaned:
+            _never_freed.append(self._buffers)
+        self._buffers = None
+
+    def _error(self, code: int) -> AioError:
+        kind: type[AioError] = AioError
+        reason = os.strerror(code) if code > 0 else ""
+        if code == _aio.END_OF_FILE:
+            code, reason = errno.EIO, "the file ends before it"
+        elif code == _aio.CORRUPT:
+            code, kind = errno.EBADMSG, CorruptData
+            reason = "the checksum does not match: these are not the bytes that were written"
+        state = self._state
+        path = self._paths[state.failed_path]
+        return kind(code, reason, path, op=self.op, offset=state.failed_offset, length=state.failed_length)
 
     @property
     def seconds(self) -> float:

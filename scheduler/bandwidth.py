@@ -7,11 +7,10 @@ bytes of host memory (and half of that on an accelerator) outside the caps meanw
 from __future__ import annotations
 
 import errno
-import math
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 from tierflow import aio
 from tierflow.cpu_adam import kernels, reference
 from tierflow.scheduler.placement import Placement
+from tierflow.scheduler.rates import NEVER, Bandwidths
 from tierflow.scheduler.units import Unit
 from tierflow.swap import IO_BYTES, Arena, Kind, Tier
 from tierflow.swap.lanes import finish
@@ -34,49 +34,37 @@ PROBE_MEMORY = 128 << 20
 DRIVE_SECONDS = 0.25
 OTHER_SECONDS = 0.1
 _ELEMENTS = 1 << 23
-_NEVER = math.inf
-
-
-@dataclass(frozen=True)
-class Bandwidths:
-    """Rates in bytes per second, ``update`` in elements per second; infinite for a path that is not in use.
-
-    ``mixed_read`` and ``mixed_write`` hold while the drive does both. ``intake`` counts bytes of incoming gradients.
-    """
-
-    read: float = _NEVER
-    write: float = _NEVER
-    mixed_read: float = _NEVER
-    mixed_write: float = _NEVER
-    to_device: float = _NEVER
-    to_host: float = _NEVER
-    update: float = _NEVER
-    intake: float = _NEVER
 
 
 @dataclass(frozen=True)
 class Paths:
-    """What is in use: the compute ``device``, the store's folder and options, and what the kernels work on."""
+    """What is in use: the compute ``device``, the store's folder (or several) and options, and what the kernels work on."""
 
     device: torch.device
-    nvme_path: str | None = None
+    nvme_path: str | Sequence[str] | None = None
     aio_options: dict[str, Any] = field(default_factory=dict)
     param_dtype: torch.dtype = torch.float32
     master_dtype: torch.dtype | None = None
     grad_dtype: torch.dtype = torch.float32
     update_on_device: bool = False
+    #: The drive's rates where they were measured before, by `tierflow tune`.
+    drive: Bandwidths | None = None
 
 
 def paths_of(
-    units: list[Unit], placement: Placement, device: torch.device, nvme_path: str | None, aio_options: dict[str, Any]
-) -> Paths:
-    """The paths of a run. The kernels' format is the one that most of the trained elements have."""
+    units: list[Unit], placement: Placement, device: torch.device, nvme_path: str | Sequence[str] | None,
+    aio_options: dict[str, Any], drive: Bandwidths | None = None,
+) -> Paths:  # fmt: skip
+    """The paths of a run. The kernels' format is the one that most of the trained elements have.
+
+    ``drive``: the drive's rates, if they were measured before.
+    """
     unit = max((u for u in units if u.trainable), key=lambda u: u.chunk.numel)
     master = unit.chunks.get(Kind.MASTER)
     dtypes = {2: torch.int16, 4: torch.float32}
     return Paths(
         device, nvme_path, aio_options, unit.dtype, dtypes[master.itemsize] if master else None,
-        placement.grad_dtype or unit.dtype, placement.optimizer is Tier.DEVICE,
+        placement.grad_dtype or unit.dtype, placement.optimizer is Tier.DEVICE, drive,
     )  # fmt: skip
 
 
@@ -86,7 +74,7 @@ def probe(paths: Paths) -> Bandwidths:
     try:
         memory = arena.bytes_at(0, arena.nbytes)
         memory.fill_(1)  # pages that were never touched would be made during the measurement
-        drive = _drive(paths, memory) if paths.nvme_path is not None else (_NEVER, _NEVER, _NEVER, _NEVER)
+        drive = _drive(paths, memory) if paths.nvme_path is not None else (NEVER, NEVER, NEVER, NEVER)
         links = _copies(paths.device, memory)
     finally:
         del memory
@@ -98,10 +86,13 @@ def probe(paths: Paths) -> Bandwidths:
 
 
 def _drive(paths: Paths, memory: torch.Tensor) -> tuple[float, float, float, float]:
-    """(read, write, mixed read, mixed write) through a store like the one in use."""
+    """(read, write, mixed read, mixed write) as known, or through a store like the one in use."""
     assert paths.nvme_path is not None
-    size = _file_bytes(paths.nvme_path)
-    with aio.open(paths.nvme_path, size, **paths.aio_options) as store:
+    if paths.drive is not None:
+        return paths.drive.read, paths.drive.write, paths.drive.mixed_read, paths.drive.mixed_write
+    folders = [paths.nvme_path] if isinstance(paths.nvme_path, str) else paths.nvme_path
+    size = min(_file_bytes(folder) for folder in folders)
+    with aio.open(folders, size, **paths.aio_options) as store:
         begin = store.allocate(size).offset
         step = min(TRANSFER_BYTES, size // 2)
         spots = [begin + at for at in range(0, size - step + 1, step)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from tierflow import aio
-from tierflow.scheduler.bandwidth import Bandwidths, paths_of, probe
+from tierflow.scheduler.bandwidth import paths_of, probe
 from tierflow.scheduler.binding import Binder, raw
 from tierflow.scheduler.contents import follow_user, read_parameter, store_parameter, write_back
 from tierflow.scheduler.due import DueUpdates
@@ -25,6 +25,7 @@ from tierflow.scheduler.hooks import ModelHooks, in_backward
 from tierflow.scheduler.jobs import Job
 from tierflow.scheduler.lookahead import LookAhead
 from tierflow.scheduler.plan import MemoryPlan
+from tierflow.scheduler.rates import Bandwidths
 from tierflow.scheduler.report import Report, make_report
 from tierflow.scheduler.rules import Rule
 from tierflow.scheduler.scaling import Scaling
@@ -73,6 +74,7 @@ class Engine:
         self.binder = Binder(units, self.device, self)
         self.bandwidths: Bandwidths | None = None
         self.io_options: dict[str, Any] = {}
+        self.drive: Bandwidths | None = None
         self.last_step: Lanes | None = None
         self.on_step: Callable[[], None] = lambda: None  # called after each update
         self.on_close: Callable[[], None] = lambda: None
@@ -429,15 +431,15 @@ class Engine:
     def report(self, lanes: Lanes | None = None, steps: int = 1) -> Report:
         """Where the time of the last finished step went (or ``lanes``, the mean of ``steps``), beside its floor.
 
-        The first call measures the paths in use, for two seconds. Raises RuntimeError before the first step has ended.
+        The first call measures the paths in use, for two seconds (the drive only without a profile). Raises RuntimeError before the first step has ended.
         """
         lanes = lanes or self.last_step
         if lanes is None:
             raise RuntimeError("there is nothing to report before the first optimizer.step() has ended")
         if self.bandwidths is None:
             store = self.manager.store
-            placement, path = self.plan.placement, store.path if store else None
-            self.bandwidths = probe(paths_of(self.units, placement, self.device, path, self.io_options))
+            placement, folders = self.plan.placement, [path.path for path in store.paths] if store else None
+            self.bandwidths = probe(paths_of(self.units, placement, self.device, folders, self.io_options, self.drive))
         trained = sum(u.chunk.numel for u in self.units if u.trainable)
         return make_report(lanes, self.plan, self.bandwidths, trained, steps)
 
@@ -513,7 +515,7 @@ class Engine:
 
 
 def build_manager(
-    plan: MemoryPlan, device: torch.device, nvme_path: str | None, aio_options: dict[str, Any], debug: Any = None
+    plan: MemoryPlan, device: torch.device, nvme_path: str | Sequence[str] | None, aio_options: dict[str, Any], debug: Any = None
 ) -> Manager:
     """Allocates the arenas and the store exactly as the plan says. Raises OSError naming the path."""
     from tierflow.scheduler.memory import make_lane, make_pools

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tierflow.scheduler.bandwidth import Bandwidths
+from tierflow.scheduler.rates import Bandwidths
 
 PROCESSOR, ACCELERATOR, DRIVE = "processor", "accelerator", "drive"
 TO_DEVICE, TO_HOST = "host to device", "device to host"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from tierflow.scheduler.bandwidth import Bandwidths
 from tierflow.scheduler.floor import ACCELERATOR, DRIVE, PROCESSOR, Floor, Work, floor
 from tierflow.scheduler.plan import MemoryPlan
+from tierflow.scheduler.rates import Bandwidths
 from tierflow.swap import Kind, Lane, Lanes, Tier
 
 #: A step this close to its floor is bound by that resource; above it, by what it waits for.

@@ -64,6 +64,7 @@ def test_the_ledger_knows_neither_torch_nor_io() -> None:
         "from typer.testing import CliRunner; from tierflow.cli import app; CliRunner().invoke(app, ['--help'])",
         "from typer.testing import CliRunner; from tierflow.cli import app; CliRunner().invoke(app, ['finetune', '--help'])",
         "from typer.testing import CliRunner; from tierflow.cli import app; CliRunner().invoke(app, ['bench', 'train', '--help'])",
+        "from typer.testing import CliRunner; from tierflow.cli import app; CliRunner().invoke(app, ['tune', '--help'])",
     ],
 )
 def test_light_entry_points_leave_torch_alone(code: str) -> None:

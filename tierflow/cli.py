@@ -64,7 +64,7 @@ def finetune(
     save_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: none.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from OUTPUT/checkpoint.")] = False,
     prompt: Annotated[str | None, typer.Option(help="Prompt of the sample; default the first held-out text.")] = None,
-    nvme_path: Annotated[Path | None, typer.Option(help="Swap folder if the config names none; default OUTPUT/swap.")] = None,
+    nvme_path: Annotated[list[Path] | None, typer.Option(help="Swap folder if the config names none, or several; default OUTPUT/swap.")] = None,
     report: Annotated[bool, typer.Option("--report", help="Say at the end where a step's time went and what bounds it.")] = False,
     trace: Annotated[Path | None, typer.Option(help="Chrome trace of steps 2 to 4 for Perfetto (JSON).")] = None,
 ) -> None:
@@ -74,7 +74,7 @@ def finetune(
 
     options = Options(
         model, tuple(data), output, config, tuple(eval_data or ()), sequence_length, micro_batch, accumulation, lr,
-        warmup, schedule, steps, epochs, seed, eval_tokens, eval_every, save_every, resume, prompt, nvme_path,
+        warmup, schedule, steps, epochs, seed, eval_tokens, eval_every, save_every, resume, prompt, tuple(nvme_path or ()),
         report, trace,
     )  # fmt: skip
     console = Console()
@@ -123,6 +123,27 @@ def bench_train(
 
 
 @app.command()
+def tune(
+    paths: Annotated[Paths, typer.Argument(help="Folders on the drives; several are used at once.", metavar="PATH...")],
+    time: Annotated[float, typer.Option(help="Seconds that the run takes at most.")] = 60.0,
+    size: Annotated[str, typer.Option(help="Bytes of the file that the result is measured on, for each path.")] = "1GiB",
+    read_only: Annotated[bool, typer.Option("--read-only", help="Measure reads alone; each file is still written once.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the profile on stdout, everything else on stderr.")] = False,
+    output: Annotated[Path, typer.Option(help="The profile; the heat map beside it ends in .png.")] = Path("aio_profile.json"),
+    parameters: Annotated[str | None, typer.Option(help="Say the step-time floor of so large a model, as 13B.")] = None,
+    optimizer_state: Annotated[str, typer.Option(help="State format, lossless or fp32: the mixed load's ratio, and the floor's.")] = "lossless",
+    sustained: Annotated[str | None, typer.Option(help="Also write so many bytes on end, as 200GB, to find where a write cache is full.")] = None,
+) -> None:
+    """Find the fastest way to read and write drives, and write it down for "aio" in a config."""
+    from tierflow.tune.command import tune as run
+    from tierflow.tune.options import Options
+
+    console = Console(stderr=json)
+    with _errors(console):
+        run(Options(tuple(paths), time, size, read_only, json, output, parameters, optimizer_state, sustained), console)
+
+
+@app.command()
 def env(path: Annotated[Path | None, typer.Option(help="A folder to check for O_DIRECT and free space.")] = None) -> None:
     """Say what this machine can do for each part, and why not."""
     from tierflow.env import render
@@ -140,11 +161,13 @@ class _errors:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> Literal[False]:
-        if error is None or not isinstance(error, (ValueError, OSError, FloatingPointError, ImportError, KeyboardInterrupt)):
+        if error is None:
+            return False
+        if not isinstance(error, (ValueError, OSError, FloatingPointError, ImportError, KeyboardInterrupt)):
             # CapacityError and aio's errors are RuntimeError and OSError; other RuntimeErrors are defects
             from tierflow.swap.types import CapacityError
 
-            if error is None or not isinstance(error, CapacityError):
+            if not isinstance(error, CapacityError):
                 return False
         text = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
         self._console.print(f"[bold red]error:[/] {text}", highlight=False, markup=True, soft_wrap=True)

@@ -32,6 +32,7 @@ from tierflow.config_models import (
     ZeroBlock,
 )
 from tierflow.config_reader import ConfigError, Note, list_notes, read, read_file, show
+from tierflow.scheduler.rates import Bandwidths
 from tierflow.sizes import parse_size
 
 __all__ = ["Config", "ConfigError", "Note", "load_config"]
@@ -57,6 +58,10 @@ class Config(Block):
     aio: AioBlock = AioBlock()
     #: The keys that were accepted and have no effect of their own.
     notes: tuple[Note, ...] = Field(default=(), exclude=True, repr=False)
+    #: What the profile of ``tierflow tune`` measured of the drive.
+    drive: Bandwidths | None = Field(default=None, exclude=True, repr=False)
+    #: The folders that the profile was made for, and the share of each.
+    tuned: tuple[tuple[str, float], ...] = Field(default=(), exclude=True, repr=False)
 
     @property
     def computed(self) -> tuple[str, ...]:
@@ -76,7 +81,9 @@ class Config(Block):
     def aio_options(self) -> dict[str, Any]:
         """The keyword arguments of ``tierflow.aio.open`` that are set."""
         threads = self.aio.intra_op_parallelism or self.aio.thread_count
-        options = {"block_size": self.aio.block_size, "queue_depth": self.aio.queue_depth, "threads": threads}
+        options = {
+            "block_size": self.aio.block_size, "queue_depth": self.aio.queue_depth, "threads": threads, "rings": self.aio.rings
+        }  # fmt: skip
         return {"engine": self.tierflow.engine} | {k: v for k, v in options.items() if v is not None}
 
     def resolved(self) -> dict[str, Any]:
@@ -137,7 +144,37 @@ def _build(source: Mapping[str, Any]) -> Config:
     problems += trouble
     if problems:
         raise ConfigError(*problems)
-    return config.model_copy(update=sizes)
+    return _with_profile(config.model_copy(update=sizes))
+
+
+def _with_profile(config: Config) -> Config:
+    """The settings of the profile that ``aio`` names, where the config has none of its own."""
+    if config.aio.profile is None:
+        return config
+    from tierflow.tune.profile import read_profile
+
+    try:
+        profile = read_profile(config.aio.profile)
+    except ValueError as error:
+        raise ConfigError(f"aio.profile: {error}") from None
+    engine = config.tierflow.engine
+    if engine not in ("auto", profile.engine):
+        # depths of one engine say nothing of the other, and neither do its rates
+        return config.model_copy(update={"aio": _filled(config.aio, {"block_size": profile.block_size})})
+    return config.model_copy(
+        update={
+            "aio": _filled(config.aio, profile.aio_settings()),
+            "tierflow": config.tierflow.model_copy(update={"engine": profile.engine}),
+            "drive": profile.bandwidths(),
+            "tuned": tuple(zip(profile.paths, profile.weights, strict=True)),
+        }
+    )
+
+
+def _filled(block: AioBlock, settings: dict[str, int]) -> AioBlock:
+    if block.thread_count is not None:  # the same setting by its other name
+        settings = {name: value for name, value in settings.items() if name != "intra_op_parallelism"}
+    return block.model_copy(update={name: value for name, value in settings.items() if getattr(block, name) is None})
 
 
 def _refuse_optimizer(values: dict[str, Any], problems: list[str]) -> None:
@@ -240,13 +277,17 @@ def _check_order(config: Config) -> Iterator[str]:
 def _check_paths(config: Config) -> Iterator[str]:
     zero = config.zero_optimization
     param, optim = zero.offload_param.nvme_path, zero.offload_optimizer.nvme_path
-    if param is None or optim is None or os.path.abspath(param) == os.path.abspath(optim):
+    if param is None or optim is None or _absolute(param) == _absolute(optim):
         return
     yield (
         f"zero_optimization.offload_param.nvme_path is {show(param)} and "
         f"zero_optimization.offload_optimizer.nvme_path is {show(optim)}: there is one swap store so far; "
-        "give the same path in both"
+        "give the same in both"
     )
+
+
+def _absolute(paths: str | tuple[str, ...]) -> list[str]:
+    return [os.path.abspath(path) for path in ([paths] if isinstance(paths, str) else paths)]
 
 
 def _check_adam(config: Config) -> Iterator[str]:

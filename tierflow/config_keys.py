@@ -133,13 +133,15 @@ _SCHEDULER = [
     _refused("scheduler.params.last_batch_iteration", NUMBER, (-1,), "resume with a checkpoint instead"),
 ]
 
+_FOLDERS = 'a path, a list of different paths (striped over), or "auto"'
+
 _PLACES = [
     _honoured(f"{_ZERO}.stage", '0, 1, 2, 3 or "auto"', "3",
               note="with one rank nothing is partitioned; offload_param needs 3 and offload_optimizer 1 or more"),
     _honoured(f"{_PARAM}.device", _TIER, "auto", note="DeepSpeed's default is none"),
-    _honoured(f"{_PARAM}.nvme_path", 'a path or "auto"', "offload_optimizer's", "directory"),
+    _honoured(f"{_PARAM}.nvme_path", _FOLDERS, "offload_optimizer's", "directory"),
     _honoured(f"{_OPTIM}.device", _TIER, "auto", note="not faster than offload_param.device"),
-    _honoured(f"{_OPTIM}.nvme_path", 'a path or "auto"', "offload_param's", "directory"),
+    _honoured(f"{_OPTIM}.nvme_path", _FOLDERS, "offload_param's", "directory"),
     _refused(f"{_OPTIM}.ratio", NUMBER, (1,),
              "a split of the optimizer between device and host is not available; faster tiers with room left serve as "
              "its cache anyway, so leave ratio out"),
@@ -192,11 +194,14 @@ _ZERO_KEYS = [
 ]
 
 _AIO = [
+    _honoured("aio.profile", "the path of a profile that `tierflow tune` wrote", "none", "",
+              '"aio": "profile.json" is short for it; keys given beside it come before its settings'),
     _honoured("aio.block_size", 'a size from 1 byte to 1GiB (rounded up to 4096), or "auto"', "2097152", "bytes"),
     _honoured("aio.queue_depth", 'a whole number from 1 to 4096, or "auto"', "16", "blocks in flight (io_uring)"),
     _honoured("aio.thread_count", 'a whole number from 1 to 1024, or "auto"', "8", "threads (engine threads only)"),
     _honoured("aio.intra_op_parallelism", 'a whole number from 1 to 1024, or "auto"', "aio.thread_count",
               "threads", "DeepSpeed's newer name for thread_count"),
+    _honoured("aio.rings", 'a whole number from 1 to 64, or "auto"', "1", "io_uring instances", "they share the queue's depth"),
     *_many(Role.UNUSED, "aio", BOOL, "single_submit overlap_events",
            "requests are always submitted together and kept in flight across tensors"),
     Key("aio.use_gds", Role.UNUSED, BOOL, note="transfers between device and NVMe pass through host memory"),

@@ -24,6 +24,15 @@ def _path(value: Any) -> Any:
     return os.path.expanduser(value)
 
 
+def _paths(value: Any) -> Any:
+    if not isinstance(value, (list, tuple)):
+        return _path(value)
+    found = tuple(map(_path, value))
+    if not found or len(set(map(os.path.abspath, found))) < len(found):
+        raise ValueError("expected different paths")
+    return found
+
+
 def _betas(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
@@ -35,6 +44,8 @@ Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Size = Annotated[int, BeforeValidator(parse_size)]
 Directory = Annotated[str, BeforeValidator(_path)]
+#: One, or several that make one store.
+Directories = Annotated[str | tuple[str, ...], BeforeValidator(_paths)]
 Where = Literal["none", "cpu", "nvme", "auto"]
 
 
@@ -85,11 +96,11 @@ class TierflowBlock(Block):
 
 
 class OffloadBlock(Block):
-    """Where a kind of state lives, and on which directory's drive when that is NVMe."""
+    """Where a kind of state lives, and on which directories' drives when that is NVMe."""
 
     says_auto = frozenset({"device"})
     device: Where = "auto"
-    nvme_path: Directory | None = None
+    nvme_path: Directories | None = None
 
 
 class ZeroBlock(Block):
@@ -101,12 +112,14 @@ class ZeroBlock(Block):
 
 
 class AioBlock(Block):
-    """How files are read and written; None leaves a setting to the I/O engine."""
+    """How files are read and written; None leaves a setting to the profile, if there is one, else to the I/O engine."""
 
+    profile: Directory | None = None
     block_size: Annotated[Size, Field(le=1 << 30)] | None = None
     queue_depth: Annotated[Positive, Field(le=4096)] | None = None
     thread_count: Annotated[Positive, Field(le=1024)] | None = None
     intra_op_parallelism: Annotated[Positive, Field(le=1024)] | None = None
+    rings: Annotated[Positive, Field(le=64)] | None = None
 
 
 class Bf16Block(Block):

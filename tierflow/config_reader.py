@@ -141,6 +141,8 @@ def _read_block(path: str, source: Mapping[Any, Any], reading: Reading) -> dict[
 def _read_inner(path: str, name: str, value: Any, values: dict[str, Any], reading: Reading) -> None:
     if value is None or value == "auto":
         return
+    if path == "aio" and isinstance(value, str):
+        value = {"profile": value}
     if isinstance(value, Mapping):
         inner = _read_block(path, value, reading)
         if path in _MODELLED:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     param_groups: Callable[[nn.Module], Any] | None = None,
-    nvme_path: str | None = None,
+    nvme_path: str | Sequence[str] | None = None,
     owned_loop: bool = False,
 ) -> tuple[nn.Module, OffloadOptimizer]:
     """Builds ``model_class`` from a Hugging Face folder and streams its safetensors to the tiers.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -27,9 +27,10 @@ from tierflow.scheduler.traffic import default_order, estimate
 from tierflow.scheduler.units import ShardGeometry, Unit, make_chunks, partition, units_of_blocks, units_together
 from tierflow.settings import (
     Settings,
+    drive_settings,
     make_caps,
     missing_nvme_path,
-    nvme_directory,
+    nvme_directories,
     pick_device,
     pick_format,
     pick_tiers,
@@ -47,7 +48,7 @@ def offload(
     *,
     optimizer: torch.optim.Optimizer | None = None,
     param_groups: Iterable[Any] | None = None,
-    nvme_path: str | None = None,
+    nvme_path: str | Sequence[str] | None = None,
     source: Source | None = None,
     owned_loop: bool = False,
     debug_memory: DebugMemory | None = None,
@@ -57,7 +58,7 @@ def offload(
     The model is changed in place and trains in any torch loop. ``config``: a path, mapping or ``Config``; none
     means everything "auto". The optimizer's settings come from ``optimizer`` (a fresh torch AdamW or Adam, taken
     over), ``param_groups``, or the config's ``optimizer`` block: one of the three must be there. ``nvme_path``: the
-    folder for what lives on NVMe when the config names none. ``source`` gives values for parameters on the meta
+    folder, or several, for what lives on NVMe when the config names none. ``source`` gives values for parameters on the meta
     device (see ``tierflow.load``). ``owned_loop``: the caller calls ``optimizer.expect_step()`` before each step's
     first backward, as ``tierflow.initialize`` does, so that updates may run in the backward. ``debug_memory`` is for tests: random places, freed memory poisoned.
 
@@ -177,7 +178,8 @@ def _cast_inputs(_model: nn.Module, args: Any, kwargs: Any) -> Any:
 
 
 def make_run(
-    model: nn.Module, cfg: Config, device: torch.device, trained: set[int], nvme_path: str | None,
+    model: nn.Module, cfg: Config, device: torch.device, trained: set[int],
+    nvme_path: str | Sequence[str] | None,
     owned_loop: bool = False, direct: bool = True,
 ) -> tuple[list[Unit], MemoryPlan, Settings]:  # fmt: skip
     """Units, plan and settings; nothing is allocated. Raises DoesNotFit and ConfigError.
@@ -186,13 +188,14 @@ def make_run(
     ``direct``: a CPU's DEVICE memory is read into without a stop in HOST.
     """
     param, optim = pick_tiers(cfg)
-    path = nvme_directory(cfg, nvme_path)
-    caps = make_caps(cfg, device, path)
+    paths = nvme_directories(cfg, nvme_path)
+    io_options, drive, note = drive_settings(cfg, paths)
+    caps = make_caps(cfg, device, paths, io_options.get("weights", ()))
     error: DoesNotFit | None = None
     second_slots = {"auto": (True, False), "speculative": (True,)}.get(cfg.tierflow.update, (False,))
     slots = second_slots if owned_loop else (False,)
     for choice, speculative in itertools.product(_candidates(param, optim), slots):
-        if Tier.NVME in choice and path is None:
+        if Tier.NVME in choice and not paths:
             continue
         if speculative and cfg.tierflow.update == "auto" and choice[0] is not Tier.NVME:
             continue  # weights in memory would be kept on NVMe besides: slower than deferring where it was measured
@@ -209,7 +212,7 @@ def make_run(
         except DoesNotFit as refused:
             error = refused
             continue
-        return units, plan, Settings(device, path, cfg.aio_options(), cfg.tierflow.prefetch, cfg.tierflow.update)
+        return units, plan, Settings(device, paths, io_options, cfg.tierflow.prefetch, cfg.tierflow.update, drive, note)
     if error is None:  # only placements on NVMe were asked for
         raise missing_nvme_path()
     raise error
@@ -265,9 +268,10 @@ def _plan(
 def _build(
     model: nn.Module, units: list[Unit], plan: MemoryPlan, settings: Settings, source: Source, debug: Any
 ) -> Engine:
-    manager = build_manager(plan, settings.device, settings.nvme_path, settings.aio, debug)
-    if manager.store is not None and manager.store.note:
-        log.warning(manager.store.note)
+    manager = build_manager(plan, settings.device, settings.nvme_paths, settings.aio, debug)
+    for note in (manager.store.note, settings.note) if manager.store is not None else ():
+        if note:
+            log.warning(note)
     try:
         for unit in units:
             for kind, chunk in unit.chunks.items():
@@ -277,7 +281,7 @@ def _build(
                 manager.add_spare(chunk)
         fill(manager, units, source)
         engine = Engine(model, units, plan, manager, settings.prefetch, settings.update)
-        engine.io_options = settings.aio
+        engine.io_options, engine.drive = settings.aio, settings.drive
         _move_buffers(model, settings.device)
         engine.attach()
     except BaseException:

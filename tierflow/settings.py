@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from tierflow.scheduler.placement import Caps
+    from tierflow.scheduler.rates import Bandwidths
 
 #: Of what is free now, the share that "auto" takes; the rest is for activations, autograd and everything else.
 AUTO_SHARE = 0.6
@@ -25,10 +27,14 @@ class Settings:
     """What building an engine needs beside the plan: the device, where NVMe is, and how to read and write there."""
 
     device: torch.device
-    nvme_path: str | None
+    nvme_paths: tuple[str, ...]
     aio: dict[str, Any]
     prefetch: bool
     update: str
+    #: The drive's rates where a profile has them; else they are measured when they are needed.
+    drive: Bandwidths | None = None
+    #: What is to be said once the drive is really used.
+    note: str = ""
 
 
 def pick_device(config: Config) -> torch.device:
@@ -47,8 +53,8 @@ def pick_device(config: Config) -> torch.device:
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
-def available(device: torch.device, nvme_path: str | None) -> dict[Any, int]:
-    """Bytes free now in each tier."""
+def available(device: torch.device, nvme_paths: Sequence[str], weights: Sequence[float] = ()) -> dict[Any, int]:
+    """Bytes free now in each tier; on NVMe those of a store over the paths, equal shares without ``weights``."""
     import torch
 
     from tierflow.swap import Tier
@@ -58,17 +64,31 @@ def available(device: torch.device, nvme_path: str | None) -> dict[Any, int]:
         have[Tier.DEVICE] = torch.cuda.mem_get_info(device)[0]
     else:
         have[Tier.DEVICE] = have[Tier.HOST]
-    if nvme_path is not None:
-        have[Tier.NVME] = machine.disk_free(nvme_path)
+    if nvme_paths:
+        have[Tier.NVME] = _store_free(nvme_paths, weights)
     return have
 
 
-def make_caps(config: Config, device: torch.device, nvme_path: str | None) -> Caps:
+def _store_free(paths: Sequence[str], weights: Sequence[float]) -> int:
+    """Bytes that a store over the paths can have: where the first file system is full, none can grow."""
+    from tierflow.aio.striping import pattern
+
+    turns = pattern(weights or [1.0] * len(paths))
+    stripes: dict[int, list[int]] = {}
+    for number, path in enumerate(paths):
+        stripes.setdefault(os.stat(machine.existing(path)).st_dev, []).append(number)
+    return min(
+        machine.disk_free(paths[group[0]]) * len(turns) // sum(turns.count(number) for number in group)
+        for group in stripes.values()
+    )
+
+
+def make_caps(config: Config, device: torch.device, nvme_paths: Sequence[str], weights: Sequence[float] = ()) -> Caps:
     """The caps: what the config says, else a share of what is free."""
     from tierflow.scheduler.placement import Caps
     from tierflow.swap import Tier
 
-    have, block = available(device, nvme_path), config.tierflow
+    have, block = available(device, nvme_paths, weights), config.tierflow
     shared = device.type == "cpu"  # DEVICE and HOST are then the same memory
     share = AUTO_SHARE / 2 if shared else AUTO_SHARE
     dev = block.device_memory if block.device_memory is not None else int(have[Tier.DEVICE] * share)
@@ -78,21 +98,47 @@ def make_caps(config: Config, device: torch.device, nvme_path: str | None) -> Ca
     return Caps(dev, host, nvme, have)
 
 
-def nvme_directory(config: Config, default: str | None) -> str | None:
-    """The folder for the swap store: the config's, else ``default``, else None."""
+def nvme_directories(config: Config, default: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The folders for the swap store: the config's, else ``default``, which is made; empty without either."""
     zero = config.zero_optimization
-    path = zero.offload_param.nvme_path or zero.offload_optimizer.nvme_path
-    if path is None and default is not None:
-        os.makedirs(default, exist_ok=True)
-        return default
-    return path
+    given = zero.offload_param.nvme_path or zero.offload_optimizer.nvme_path
+    paths = given or default or ()
+    paths = (paths,) if isinstance(paths, str) else tuple(paths)
+    for path in paths if given is None else ():
+        os.makedirs(path, exist_ok=True)
+    return paths
+
+
+def drive_settings(config: Config, paths: Sequence[str]) -> tuple[dict[str, Any], Bandwidths | None, str]:
+    """(arguments of ``tierflow.aio.open``, known rates, what to say) for a store over ``paths``.
+
+    A profile's weights and rates hold for the folders that it was made for, and others on the same file systems.
+    """
+    options = config.aio_options()
+    if not config.tuned or not paths:
+        return options, config.drive, ""
+    weights = [_tuned_weight(config.tuned, path) for path in paths]
+    if len(paths) != len(config.tuned) or None in weights:
+        made, used = (", ".join(names) for names in ((folder for folder, _ in config.tuned), paths))
+        return options, None, (
+            f"the profile {config.aio.profile} was made for {made}, and nvme_path is {used}: its settings are used, its "
+            f"rates and weights are not; run `tierflow tune {' '.join(paths)}` for a profile of these"
+        )  # fmt: skip
+    return options | ({"weights": weights} if len(paths) > 1 else {}), config.drive, ""
+
+
+def _tuned_weight(tuned: Sequence[tuple[str, float]], path: str) -> float | None:
+    same = [weight for folder, weight in tuned if os.path.realpath(folder) == os.path.realpath(path)]
+    there = os.stat(machine.existing(path)).st_dev
+    beside = [weight for folder, weight in tuned if os.path.isdir(folder) and os.stat(folder).st_dev == there]
+    return next(iter(same + beside), None)
 
 
 def missing_nvme_path() -> ConfigError:
     """The error for a kind on NVMe without a folder to put it."""
     return ConfigError(
         'a kind is placed on "nvme" and no path is given: set zero_optimization.offload_optimizer.nvme_path (and '
-        "offload_param.nvme_path) to a folder on the drive"
+        "offload_param.nvme_path) to a folder on the drive, or a list of folders on several"
     )
 
 

@@ -66,8 +66,10 @@ def resolved_config(config: Config, engine: Engine) -> dict[str, Any]:
     names = {Tier.DEVICE: "none", Tier.HOST: "cpu", Tier.NVME: "nvme"}
     out = config.resolved()
     zero = out["zero_optimization"]
+    names_of = [path.path for path in store.paths] if store else []
+    folders = names_of[0] if len(names_of) == 1 else names_of
     for block, tier in (("offload_param", plan.placement.param), ("offload_optimizer", plan.placement.optimizer)):
-        zero[block] = {"device": names[tier]} | ({"nvme_path": store.path} if store and tier is Tier.NVME else {})
+        zero[block] = {"device": names[tier]} | ({"nvme_path": folders} if store and tier is Tier.NVME else {})
     out["tierflow"] |= {
         "device_memory": plan.caps.device, "host_memory": plan.caps.host, "nvme_capacity": plan.caps.nvme,
         "optimizer_state": plan.placement.state_format, "device": str(engine.device),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -30,7 +30,7 @@ def initialize(
     *,
     optimizer: torch.optim.Optimizer | None = None,
     param_groups: Iterable[Any] | None = None,
-    nvme_path: str | None = None,
+    nvme_path: str | Sequence[str] | None = None,
     source: Source | None = None,
     debug_memory: DebugMemory | None = None,
 ) -> TrainingEngine:

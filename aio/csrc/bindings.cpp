@@ -4,8 +4,11 @@
 #include <pybind11/stl.h>
 
 #include <system_error>
+#include <tuple>
+#include <vector>
 
-#include "engine.hpp"
+#include "array.hpp"
+#include "faults.hpp"
 
 namespace py = pybind11;
 using namespace tierflow::aio;
@@ -43,15 +46,27 @@ int wait(Ticket& ticket) {
   }
 }
 
-TicketPtr submit(Engine& engine, std::shared_ptr<File> file, bool write, uintptr_t address, uint64_t offset,
-                 uint64_t nbytes) {
-  TicketPtr ticket(new Ticket(write ? Op::Write : Op::Read, std::move(file), reinterpret_cast<char*>(address), offset,
-                              nbytes),
-                   LeakInChild{});
+// Requests are (address, offset in the store, length).
+TicketPtr submit(Array& array, bool write, bool urgent, const py::list& requests) {
+  std::vector<Request> all;
+  all.reserve(requests.size());
+  for (const py::handle item : requests) {
+    const auto request = py::reinterpret_borrow<py::tuple>(item);
+    all.push_back({request[0].cast<uintptr_t>(), request[1].cast<uint64_t>(), request[2].cast<uint64_t>()});
+  }
   py::gil_scoped_release release;
-  engine.submit(ticket);
-  return ticket;
+  return array.submit(write ? Op::Write : Op::Read, urgent, all);
 }
+
+std::vector<uint32_t> checksums(const py::object& buffer, bool hardware) {
+  const View view(buffer, false);
+  std::vector<uint32_t> found(view.nbytes() / kChecksumBytes);
+  (hardware ? crc32c_pages : crc32c_pages_table)(reinterpret_cast<const char*>(view.address()), found.size(),
+                                                 found.data());
+  return found;
+}
+
+Op direction(bool write) { return write ? Op::Write : Op::Read; }
 
 void translate(std::exception_ptr raised) {
   try {
@@ -68,6 +83,9 @@ PYBIND11_MODULE(_aio, m) {
   py::register_local_exception_translator(translate);
   m.attr("BUILT_WITH_IO_URING") = built_with_uring();
   m.attr("END_OF_FILE") = kEndOfFile;
+  m.attr("CORRUPT") = kCorrupt;
+  m.attr("CRC32C_IN_HARDWARE") = crc32c_in_hardware();
+  m.def("checksums", &checksums, py::arg("buffer"), py::arg("hardware"));
   m.def("probe_io_uring", &probe_uring, py::call_guard<py::gil_scoped_release>());
   m.def("filesystem_magic", &filesystem_magic, py::arg("fd"));
   m.def("reserve", &reserve, py::arg("fd"), py::arg("nbytes"), py::call_guard<py::gil_scoped_release>());
@@ -84,14 +102,18 @@ PYBIND11_MODULE(_aio, m) {
       .def_property_readonly("address", &View::address)
       .def_property_readonly("nbytes", &View::nbytes);
 
-  py::class_<File, std::shared_ptr<File>>(m, "File")
-      .def(py::init<int, uint64_t, bool>(), py::arg("fd"), py::arg("alignment"), py::arg("direct"))
+  py::class_<File, FilePtr>(m, "File")
+      .def(py::init<int, uint64_t, uint64_t, bool, uint64_t>(), py::arg("fd"), py::arg("alignment"),
+           py::arg("memory_alignment"), py::arg("direct"), py::arg("checksummed"))
       .def_property_readonly("fd", &File::fd)
+      .def_property_readonly("grain", &File::grain)
       .def("close", &File::close);
 
   py::class_<Ticket, std::shared_ptr<Ticket>>(m, "Ticket")
       .def("done", &Ticket::done)
       .def("wait", &wait)
+      .def_property_readonly("orphaned", &Ticket::orphaned)
+      .def_property_readonly("failed_path", [](const Ticket& t) { return t.failure().path; })
       .def_property_readonly("failed_offset", [](const Ticket& t) { return t.failure().offset; })
       .def_property_readonly("failed_length", [](const Ticket& t) { return t.failure().length; })
       .def_property_readonly("seconds", &Ticket::seconds)
@@ -99,17 +121,34 @@ PYBIND11_MODULE(_aio, m) {
       .def_property_readonly("ended", &Ticket::ended);
 
   py::class_<Engine, EnginePtr>(m, "Engine")
-      .def("submit", &submit, py::arg("file"), py::arg("write"), py::arg("address"), py::arg("offset"),
-           py::arg("nbytes"))
       .def("close", &Engine::close, py::call_guard<py::gil_scoped_release>())
       .def("abandon", &Engine::abandon)
-      .def("bytes_moved", [](Engine& e, bool write) { return e.bytes_moved(write ? Op::Write : Op::Read); },
-           py::arg("write"))
-      .def("busy_seconds", [](Engine& e, bool write) { return e.busy_seconds(write ? Op::Write : Op::Read); },
-           py::arg("write"));
+      .def("bytes_moved", [](Engine& e, bool write) { return e.bytes_moved(direction(write)); }, py::arg("write"));
 
-  m.def("thread_engine", &make_thread_engine, py::arg("block_size"), py::arg("threads"),
-        py::call_guard<py::gil_scoped_release>());
-  m.def("uring_engine", &make_uring_engine, py::arg("block_size"), py::arg("queue_depth"),
-        py::call_guard<py::gil_scoped_release>());
+  py::class_<Array>(m, "Array")
+      .def(py::init<std::vector<EnginePtr>, uint64_t, std::vector<unsigned>>(), py::arg("engines"), py::arg("unit"),
+           py::arg("pattern"))
+      .def("submit", &submit, py::arg("write"), py::arg("urgent"), py::arg("requests"))
+      .def("sync", &Array::sync, py::call_guard<py::gil_scoped_release>())
+      .def("bytes_moved", [](Array& a, bool write) { return a.bytes_moved(direction(write)); }, py::arg("write"))
+      .def("bytes_bounced", &Array::bytes_bounced)
+      .def("busy_seconds", [](Array& a, bool write) { return a.busy_seconds(direction(write)); }, py::arg("write"));
+
+  m.def("thread_engine", &make_thread_engine, py::arg("file"), py::arg("path"), py::arg("block_size"),
+        py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def("uring_engine", &make_uring_engine, py::arg("file"), py::arg("path"), py::arg("block_size"),
+        py::arg("queue_depth"), py::arg("rings"), py::call_guard<py::gil_scoped_release>());
+
+#ifdef TIERFLOW_AIO_FAULTS
+  m.def(
+      "inject",
+      [](const std::vector<std::tuple<bool, uint64_t, uint64_t, int64_t, int, long>>& rules) {
+        std::vector<Fault> faults;
+        for (const auto& [write, begin, end, times, error, length] : rules) {
+          faults.push_back({direction(write), begin, end, times, error, length});
+        }
+        set_faults(std::move(faults));
+      },
+      py::arg("rules"));
+#endif
 }

@@ -1,25 +1,38 @@
 // The file that transfers go to, and what the system says about it.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <optional>
 #include <string>
 #include <utility>
 
+#include "checksum.hpp"
+
 namespace tierflow::aio {
 
-// Sole owner of a file descriptor. Tickets share it, so it outlives every transfer that names it.
+// Sole owner of a file descriptor, and what a transfer to the file must keep to.
 class File {
  public:
-  File(int fd, uint64_t alignment, bool direct) : fd_(fd), alignment_(alignment), direct_(direct) {}
+  // `alignment` of offsets and lengths and `memory_alignment` of addresses, in bytes; 1 where any will do. A nonzero
+  // `checksummed` keeps checksums for that many bytes.
+  File(int fd, uint64_t alignment, uint64_t memory_alignment, bool direct, uint64_t checksummed)
+      : fd_(fd), alignment_(alignment), memory_alignment_(memory_alignment), direct_(direct) {
+    if (checksummed > 0) checksums_.emplace(checksummed);
+  }
   ~File() { close(); }
   File(const File&) = delete;
   File& operator=(const File&) = delete;
 
   int fd() const noexcept { return fd_.load(std::memory_order_relaxed); }
   uint64_t alignment() const noexcept { return alignment_; }
+  uint64_t memory_alignment() const noexcept { return memory_alignment_; }
   bool direct() const noexcept { return direct_; }
+
+  // What is transferred whole or not at all: a sector, or what has one checksum.
+  uint64_t grain() const noexcept { return checksums_ ? std::max<uint64_t>(alignment_, kChecksumBytes) : alignment_; }
+  Checksums* checksums() noexcept { return checksums_ ? &*checksums_ : nullptr; }
 
   // Takes no lock: a child after fork may call it while a thread of the parent held any.
   void close() noexcept;
@@ -27,7 +40,9 @@ class File {
  private:
   std::atomic<int> fd_;
   const uint64_t alignment_;
+  const uint64_t memory_alignment_;
   const bool direct_;
+  std::optional<Checksums> checksums_;
 };
 
 struct DirectAlignment {

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "engine.hpp"
+#include "faults.hpp"
 
 namespace tierflow::aio {
 
@@ -13,7 +14,8 @@ namespace {
 
 class ThreadEngine final : public Engine {
  public:
-  ThreadEngine(size_t block_size, unsigned threads) : Engine(block_size) {
+  ThreadEngine(FilePtr file, unsigned path, size_t block_size, unsigned threads)
+      : Engine(std::move(file), path, block_size) {
     try {
       for (unsigned i = 0; i < threads; ++i) workers_.push_back(start_thread([this] { run(); }));
     } catch (...) {
@@ -37,28 +39,48 @@ class ThreadEngine final : public Engine {
 
  protected:
   // A ticket may be many blocks: each worker that takes one wakes the next.
-  void wake() override { ready_.notify_one(); }
+  void wake() override {
+    if (closing_) {
+      ready_.notify_all();
+    } else {
+      ready_.notify_one();
+    }
+  }
 
  private:
   bool next(Block& block) {
     std::unique_lock<std::mutex> lock(mutex_);
-    ready_.wait(lock, [this] { return closing_ || !backlog_.empty(); });
-    const bool taken = backlog_.pop(block);
-    if (taken && !backlog_.empty()) ready_.notify_one();
-    return taken;
+    for (;;) {
+      if (take(lock, block)) {
+        if (backlog_.has_work()) ready_.notify_one();
+        return true;
+      }
+      if (closing_ && backlog_.idle()) return false;
+      if (const auto due = backlog_.next_due()) {
+        ready_.wait_until(lock, *due);
+      } else {
+        ready_.wait(lock);
+      }
+    }
   }
 
-  static long issue(const Block& block) {
-    const int fd = block.ticket->file->fd();
+  long issue(Block& block) const {
+    const int fd = file_->fd();
     const auto offset = static_cast<off_t>(block.offset);
-    const ssize_t result = block.ticket->op == Op::Read ? ::pread(fd, block.data, block.left, offset)
-                                                        : ::pwrite(fd, block.data, block.left, offset);
+    const size_t length = kernel_length(block, *file_);
+    ssize_t result = 0;
+    switch (block.next) {
+      case Op::Read: result = ::pread(fd, block.data, length, offset); break;
+      case Op::Write: result = ::pwrite(fd, block.data, length, offset); break;
+      case Op::Sync: result = ::fdatasync(fd); break;
+    }
     return result < 0 ? -static_cast<long>(errno) : static_cast<long>(result);
   }
 
   void run() {
     Block block;
     while (next(block)) {
+      if (!begin(block)) continue;
       while (complete(block, issue(block))) {
       }
     }
@@ -71,8 +93,8 @@ class ThreadEngine final : public Engine {
 
 }  // namespace
 
-EnginePtr make_thread_engine(size_t block_size, unsigned threads) {
-  return EnginePtr(new ThreadEngine(block_size, threads), LeakInChild{});
+EnginePtr make_thread_engine(FilePtr file, unsigned path, size_t block_size, unsigned threads) {
+  return EnginePtr(new ThreadEngine(std::move(file), path, block_size, threads), LeakInChild{});
 }
 
 }  // namespace tierflow::aio

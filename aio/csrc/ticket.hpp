@@ -1,4 +1,4 @@
-// A transfer under way: which bytes go where, how much is still out, and how it ended.
+// A transfer under way, however many requests, paths and blocks it is: how much is still out, and how it ended.
 #pragma once
 
 #include <unistd.h>
@@ -10,17 +10,16 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <utility>
 
-#include "file.hpp"
+#include "meter.hpp"
 
 namespace tierflow::aio {
 
-using Clock = std::chrono::steady_clock;
-
-enum class Op : uint8_t { Read = 0, Write = 1 };
-
-// Recorded in place of an errno when a read finds the file's end inside the range it was asked for.
+// Recorded in place of an errno: a read found the file's end inside the range it was asked for; bytes came back that
+// are not those that were written.
 constexpr int kEndOfFile = -1;
+constexpr int kCorrupt = -2;
 
 // In a child after fork the threads that hold an object's locks do not exist, and destroying a condition variable
 // that one of them waits on would hang. So only the process that made an object destroys it.
@@ -33,45 +32,55 @@ struct LeakInChild {
 };
 
 struct Failure {
-  int error = 0;  // errno, kEndOfFile, or 0 for none
-  uint64_t offset = 0;
+  int error = 0;  // errno, kEndOfFile, kCorrupt, or 0 for none
+  uint64_t offset = 0;  // in the store
   uint64_t length = 0;  // of the part that failed
+  unsigned path = 0;
 };
 
 class Ticket {
  public:
-  Ticket(Op op, std::shared_ptr<File> file, char* data, uint64_t offset, uint64_t length)
-      : op(op), file(std::move(file)), data(data), offset(offset), length(length) {}
+  Ticket(Op op, std::shared_ptr<Meter> meter) : op(op), meter_(std::move(meter)) {}
 
   const Op op;
-  const std::shared_ptr<File> file;
-  char* const data;
-  const uint64_t offset;
-  const uint64_t length;
 
-  // For the engine, before any block is issued.
+  // Before any block is issued.
   void start(uint64_t blocks) {
     blocks_left_ = blocks;
     started_ = Clock::now();
+    meter_->begin(op);
   }
 
-  // For the engine: the first block goes to the kernel. Until then the ticket only waits its turn.
-  void begin() noexcept { began_.store(Clock::now().time_since_epoch().count(), std::memory_order_relaxed); }
-
-  // For the engine: one block is back. The first failure is the ticket's. True for the last block, after which the
-  // engine does its books and calls finish().
-  bool block_done(const Failure& failure) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (failure.error != 0 && failure_.error == 0) failure_ = failure;
-    return --blocks_left_ == 0;
+  // A block goes to the kernel. Until the first one does the ticket only waits its turn.
+  void begin() noexcept {
+    if (began_.load(std::memory_order_relaxed) != kNever) return;
+    Clock::rep never = kNever;
+    began_.compare_exchange_strong(never, Clock::now().time_since_epoch().count(), std::memory_order_relaxed);
   }
 
-  void finish() {
+  // Once a block has failed, those not yet issued are not worth issuing.
+  bool failed() const noexcept { return failed_.load(std::memory_order_relaxed); }
+
+  // A block is back. The first failure is the ticket's; the last block ends it, the books before whoever waits.
+  void block_done(const Failure& failure) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (failure.error != 0 && failure_.error == 0) {
+        failure_ = failure;
+        failed_.store(true, std::memory_order_relaxed);
+      }
+      if (--blocks_left_ != 0) return;
+    }
+    meter_->end(op);
     std::lock_guard<std::mutex> lock(mutex_);
     ended_ = Clock::now();
     done_.store(true, std::memory_order_release);
     finished_.notify_all();
   }
+
+  // The kernel may go on writing to the memory although the ticket ends: the ring that could tell is lost.
+  void orphan() noexcept { orphaned_.store(true, std::memory_order_relaxed); }
+  bool orphaned() const noexcept { return orphaned_.load(std::memory_order_relaxed); }
 
   bool done() const noexcept { return done_.load(std::memory_order_acquire); }
 
@@ -101,12 +110,15 @@ class Ticket {
   static constexpr Clock::rep kNever = -1;
   static double since_epoch(Clock::duration time) noexcept { return std::chrono::duration<double>(time).count(); }
 
+  const std::shared_ptr<Meter> meter_;
   std::mutex mutex_;
   std::condition_variable finished_;
   uint64_t blocks_left_ = 0;
   Failure failure_;
   Clock::time_point started_, ended_;
   std::atomic<Clock::rep> began_{kNever};
+  std::atomic<bool> failed_{false};
+  std::atomic<bool> orphaned_{false};
   std::atomic<bool> done_{false};
 };
 

@@ -18,7 +18,7 @@ import pytest
 import tierflow.aio as aio
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+PACKAGES = Path(aio.__file__).parents[2]  # where this tierflow is: a test build has its own folder
 IN_MEMORY = {"tmpfs", "ramfs", "overlay"}
 
 
@@ -116,24 +116,27 @@ def small_tmpfs(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def python() -> Callable[..., subprocess.CompletedProcess[str]]:
+def environment() -> dict[str, str]:
+    """Of a program that can import this tierflow."""
+    inherited = os.environ.get("PYTHONPATH")
+    return {**os.environ, "PYTHONPATH": f"{PACKAGES}{os.pathsep}{inherited}" if inherited else str(PACKAGES)}
+
+
+@pytest.fixture
+def python(environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
     """``python(source, *args)`` runs a program that can import tierflow."""
 
     def run(source: str, *args: object) -> subprocess.CompletedProcess[str]:
+        environment.update({name: os.environ[name] for name in ("LD_PRELOAD",) if name in os.environ})
         return subprocess.run(
             [sys.executable, "-c", source, *map(str, args)],
-            env=child_environment(),
+            env=environment,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=120,
         )
 
     return run
-
-
-def child_environment() -> dict[str, str]:
-    inherited = os.environ.get("PYTHONPATH")
-    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{inherited}" if inherited else str(ROOT)}
 
 
 @pytest.fixture

@@ -4,11 +4,12 @@
 
 RULES is a JSON list; the first that matches a request answers it. One rule:
 
-    {"op": "read" | "write", "from": n, "to": n, "times": n, and "errno": n or "short": n or "hold": path}
+    {"op": "read" | "write" | "fsync", "from": n, "to": n, "times": n, and "errno": n or "short": n or "hold": path or
+     "delay": seconds}
 
 ``from``/``to`` bound the request's offset in bytes, ``times`` how often the rule applies (default: always).
-``short`` serves at most so many bytes, ``hold`` answers (correctly) once the file named exists. Files live in
-this process's memory. Prints a line when mounted; unmounts when its standard input closes.
+``short`` serves at most so many bytes, ``hold`` answers (correctly) once the file named exists, ``delay`` serves
+all requests that match one after the other, each taking so long. Files live in this process's memory. Prints a line when mounted; unmounts when its standard input closes.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ import os
 import select
 import struct
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 LOOKUP, FORGET, GETATTR, SETATTR, UNLINK, OPEN, READ, WRITE, STATFS = 1, 2, 3, 4, 10, 14, 15, 16, 17
 RELEASE, FLUSH, INIT, OPENDIR, RELEASEDIR, ACCESS, CREATE, INTERRUPT = 18, 25, 26, 27, 29, 34, 35, 36
-READDIR, BATCH_FORGET = 28, 42
+FSYNC, READDIR, BATCH_FORGET = 20, 28, 42
 ROOT = 1
 DIRECT_IO, PARALLEL_DIRECT_WRITES = 1, 1 << 6
 BIG_WRITES, MAX_PAGES = 1 << 5, 1 << 22
@@ -74,6 +76,8 @@ class Server:
     def handle(self, opcode: int, unique: int, node: int, body: bytes) -> None:
         if opcode in (READ, WRITE):
             self.transfer(opcode, unique, node, body)
+        elif opcode == FSYNC:
+            self.answer(unique, error=self.match("fsync", 0).get("errno", 0))
         elif opcode == INIT:
             flags = BIG_WRITES | MAX_PAGES  # and not ASYNC_DIO, with which the kernel calls a short write EIO
             self.answer(unique, struct.pack("<IIIIHHIIHH32x", 7, 31, 0, flags, 64, 48, LARGEST, 1, 256, 0))
@@ -129,6 +133,7 @@ class Server:
         rule = self.match("read" if opcode == READ else "write", offset)
         if "errno" in rule:
             return self.answer(unique, error=rule["errno"])
+        time.sleep(rule.get("delay", 0))
         size = min(size, rule.get("short", size))
         data = self.files[node]
         if opcode == READ:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import signal
@@ -129,6 +130,18 @@ def test_an_extent_in_use_is_not_freed(gated: Gated, memory: Any) -> None:
     gated.store.free(extent)
 
 
+def test_an_extent_of_a_vector_is_not_freed(gated: Gated, memory: Any) -> None:
+    gated.store.free(aio.Extent(0, 1 << 20))
+    extents = [gated.store.allocate(64 * KIB) for _ in range(3)]
+    ticket = gated.store.readv([(memory(64 * KIB), extents[at].offset) for at in (0, 2)])
+    gated.store.free(extents[1])
+    with pytest.raises(ValueError, match="in 2 ranges, under way> touches it"):
+        gated.store.free(extents[2])
+    gated.open_gate()
+    ticket.wait()
+    gated.store.free(extents[2])
+
+
 def test_close_waits_for_what_is_under_way(gated: Gated, memory: Any) -> None:
     tickets = [gated.store.read(memory(128 * KIB), i * 128 * KIB) for i in range(8)]
     assert not any(ticket.done() for ticket in tickets)
@@ -224,6 +237,45 @@ def child_of_fork(store: aio.Store, ticket: aio.Ticket, inherited: list[str]) ->
     return 0
 
 
+def test_memory_lost_with_a_ring_is_never_freed(gated: Gated, memory: Any) -> None:
+    """The kernel may still write to it, and nobody is left who could tell when it has."""
+    if gated.store.engine != "io_uring":
+        pytest.skip("threads cannot be lost")
+    rings = [fd for fd in os.listdir("/proc/self/fd") if "io_uring" in read_link(f"/proc/self/fd/{fd}")]
+    watched = Watched(memory(64 * KIB))
+    raw, alive = watched.raw, weakref.ref(watched)
+    ticket = gated.store.read(watched, 0)
+    del watched
+    while ticket.began is None:
+        time.sleep(0.001)
+    null = os.open("/dev/null", os.O_RDWR)
+    for ring in rings:
+        os.dup2(null, int(ring))
+    os.close(null)
+    gated.open_gate()  # what is out comes back, and the ring's thread finds its ring gone
+    later = []
+    with pytest.raises(aio.StoreClosed):
+        while True:
+            later.append(gated.store.read(memory(4096), 64 * KIB))
+            time.sleep(0.01)
+    for lost in [ticket, *later]:
+        try:
+            lost.wait()
+        except aio.AioError as error:
+            assert error.errno not in (0, errno.EAGAIN)
+    gc.collect()
+    assert ticket.times.orphaned == (alive() is not None)
+    assert any(entry.times.orphaned for entry in [ticket, *later])
+    assert len(raw) == 64 * KIB
+
+
+def read_link(path: str) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""
+
+
 EXIT_UNDER_WAY = """
 import mmap, sys
 import tierflow.aio as aio
@@ -255,10 +307,12 @@ def free(path: Path) -> int:
     return info.f_bfree * info.f_frsize
 
 
-def test_a_child_that_outlives_its_parent_keeps_no_space(small_tmpfs: Path, engine: str, memory: Any) -> None:
+def test_a_child_that_outlives_its_parent_keeps_no_space(
+    small_tmpfs: Path, engine: str, environment: dict[str, str]
+) -> None:
     parent = subprocess.Popen(
         [sys.executable, "-c", FORK_AND_DIE, str(small_tmpfs), engine],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env=environment,
         stdout=subprocess.PIPE,
         start_new_session=True,
     )

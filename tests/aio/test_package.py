@@ -58,7 +58,7 @@ def check_function(node: ast.FunctionDef, function: Any) -> None:
 
 def test_the_stub_has_what_the_module_has() -> None:
     stated = members(stub().body)
-    assert public(stated) == public(dir(MODULE))
+    assert public(stated) == public(dir(MODULE)) - {"inject"}  # of test builds
     for name, node in stated.items():
         found = getattr(MODULE, name)
         if isinstance(node, ast.FunctionDef):

@@ -120,19 +120,103 @@ def test_nothing_outside_the_buffer_is_touched(store: aio.Store, memory: Any) ->
     assert around[:] == b"." * 64 * KIB + b"x" * 64 * KIB + b"." * 64 * KIB
 
 
-@pytest.mark.parametrize("field", ["memory address", "offset", "length"])
-def test_misaligned(store: aio.Store, memory: Any, field: str) -> None:
+@pytest.mark.parametrize("shift", [1, 8, 100, 511, 512, 4095])
+def test_any_alignment(store: aio.Store, memory: Any, shift: int) -> None:
+    """Address, offset and length, each alone and all at once; nothing around is touched, and it is counted."""
     store.allocate(MIB)
-    view = memoryview(memory(8192))
-    buffer, offset = {
-        "memory address": (view[8 : 8 + 4096], 0),
-        "offset": (view[:4096], 100),
-        "length": (view[:100], 0),
-    }[field]
-    for start in (store.read, store.write):
-        with pytest.raises(ValueError, match=rf"^{field} \d+ is not a multiple of {store.alignment}"):
-            start(buffer, offset)
-    assert store.bytes_read == store.bytes_written == 0
+    everything = bytearray(os.urandom(MIB))
+    store.write(memory(bytes(everything)), 0).wait()
+    for address, offset, nbytes in [
+        (shift, 0, 128 * KIB),
+        (0, shift, 128 * KIB),
+        (0, 0, 128 * KIB + shift),
+        (shift, shift, 200 * KIB - 3),
+        (0, shift, 5),
+    ]:
+        around = memory(b"." * (nbytes + 8192))
+        view = memoryview(around)[4096 + address : 4096 + address + nbytes]
+        before = store.bounced_bytes
+        content = os.urandom(nbytes)
+        view[:] = content
+        store.write(view, offset).wait()
+        everything[offset : offset + nbytes] = content
+        view[:] = bytes(nbytes)
+        store.read(view, offset).wait()
+        assert view == content
+        assert around[: 4096 + address] == b"." * (4096 + address)
+        assert around[4096 + address + nbytes :] == b"." * (4096 - address)
+        straight = (
+            address % store.memory_alignment == 0 and offset % store.alignment == 0 == nbytes % store.alignment
+        )
+        assert (store.bounced_bytes == before) == straight
+        assert store.bounced_bytes - before <= 2 * nbytes
+    back = memory(MIB)
+    store.read(back, 0).wait()
+    assert back[:] == everything
+
+
+def test_only_what_has_to_is_bounced(store: aio.Store, memory: Any) -> None:
+    """The ends of a long transfer pass through other memory; its middle does not, if its address allows it."""
+    store.allocate(MIB)
+    odd = memoryview(memory(MIB))[100 : 100 + 512 * KIB]
+    store.write(odd, 100).wait()
+    assert 0 < store.bounced_bytes < 2 * store.alignment
+
+
+def test_a_vector_is_one_crossing_and_one_ticket(store: aio.Store, memory: Any, monkeypatch: Any) -> None:
+    crossings = []
+
+    class Counting:
+        def __init__(self, array: Any) -> None:
+            self.array = array
+
+        def __getattr__(self, name: str) -> Any:
+            crossings.append(name)
+            return getattr(self.array, name)
+
+    store.allocate(8 * MIB)
+    monkeypatch.setattr(store, "_array", Counting(store._array))
+    content = memory(os.urandom(4 * MIB))
+    spots = random.Random(1).sample(range(2048), 1000)
+    view = memoryview(content)
+    written = store.writev((view[i * 4096 : (i + 1) * 4096], spot * 4096) for i, spot in enumerate(spots))
+    assert crossings == ["submit"]
+    written.wait()
+    assert written.nbytes == 1000 * 4096 and written.offset == spots[0] * 4096
+    assert "1000 ranges" in repr(written)
+    back = memory(4 * MIB)
+    read = store.readv([(memoryview(back)[i * 4096 : (i + 1) * 4096], spot * 4096) for i, spot in enumerate(spots)])
+    read.wait()
+    assert back[: 1000 * 4096] == content[: 1000 * 4096]
+    assert crossings == ["submit", "submit"]
+
+
+def test_a_vector_with_one_bad_request_starts_nothing(store: aio.Store, memory: Any) -> None:
+    extent = store.allocate(MIB)
+    good = (memory(4096), 0)
+    for bad, kind in (((memory(4096), extent.end), ValueError), ((bytearray(), 0), ValueError), (([], 0), TypeError)):
+        with pytest.raises(kind):
+            store.writev([good, bad])
+    with pytest.raises(ValueError, match="requests is empty"):
+        store.readv([])
+    with pytest.raises(TypeError):
+        store.read(memory(4096), 1.5)  # type: ignore[arg-type]
+    assert store.bytes_written == 0
+    store.free(extent)
+
+
+def test_several_rings(disk: Path, memory: Any) -> None:
+    if not aio.probe().io_uring:
+        pytest.skip(aio.probe().reason)
+    with aio.open(disk, 16 * MIB, engine="io_uring", block_size=64 * KIB, queue_depth=5, rings=3) as store:
+        store.allocate(16 * MIB)
+        contents = [os.urandom(MIB + 17) for _ in range(8)]
+        tickets = [store.write(content, i * (MIB + 17)) for i, content in enumerate(contents)]
+        for ticket in tickets:
+            ticket.wait()
+        backs = [bytearray(MIB + 17) for _ in range(8)]
+        store.readv((back, i * (MIB + 17)) for i, back in enumerate(backs)).wait()
+        assert backs == contents
 
 
 def test_outside_the_extent(store: aio.Store, memory: Any) -> None:

@@ -93,7 +93,9 @@ def test_a_dotted_key_is_not_taken_for_a_path() -> None:
         ("zero_optimization.offload_param.device", "gpu"),
         ("zero_optimization.offload_optimizer.device", "disk"),
         ("zero_optimization.offload_optimizer.nvme_path", ""),
-        ("zero_optimization.offload_optimizer.nvme_path", ["/a", "/b"]),
+        ("zero_optimization.offload_optimizer.nvme_path", []),
+        ("zero_optimization.offload_optimizer.nvme_path", ["/a", 3]),
+        ("zero_optimization.offload_optimizer.nvme_path", ["/a", "/b/../a"]),
         ("aio.block_size", "8 elephants"),
         ("aio.block_size", 0),
         ("aio.block_size", "2GiB"),
@@ -203,6 +205,10 @@ def test_tiers_that_make_sense_are_taken() -> None:
                 load_config(source)
     load_config(zero(stage=2, offload_optimizer={"device": "cpu"}, offload_param={"device": "none"}))
     load_config(zero(offload_param={"nvme_path": "/a/"}, offload_optimizer={"nvme_path": "/a/b/.."}))
+    both = load_config(zero(offload_param={"nvme_path": ["/a/", "/c"]}, offload_optimizer={"nvme_path": ["/a", "/c"]}))
+    assert load_config(both.resolved()) == both
+    with pytest.raises(ConfigError, match="one swap store"):
+        load_config(zero(offload_param={"nvme_path": ["/a", "/c"]}, offload_optimizer={"nvme_path": "/a"}))
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,7 @@ def is_block(kind: Any) -> bool:
 
 def test_the_models_hold_exactly_what_the_table_calls_honoured() -> None:
     table = {path for path, key in KEYS.items() if key.role is Role.HONOURED}
-    assert honoured_fields(Config) - {"notes"} == table
+    assert honoured_fields(Config) - {"notes", "drive", "tuned"} == table
 
 
 @pytest.mark.parametrize("path", [p for p, k in KEYS.items() if k.role is Role.HONOURED and p != "scheduler.type"])

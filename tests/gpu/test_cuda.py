@@ -361,6 +361,6 @@ def test_caps_are_of_the_device() -> None:
     from tierflow.settings import available
     from tierflow.swap import Tier
 
-    assert available(CUDA, None)[Tier.DEVICE] <= torch.cuda.mem_get_info(CUDA)[1]
+    assert available(CUDA, ())[Tier.DEVICE] <= torch.cuda.mem_get_info(CUDA)[1]
     with pytest.raises(tierflow.DoesNotFit, match="device"):
         tierflow.offload(wide(), tiny.config("device", "/tmp", device_memory="1MB", device="cuda:0"))

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tierflow.scheduler.bandwidth import Bandwidths
 from tierflow.scheduler.floor import Work, drive_seconds, floor
+from tierflow.scheduler.rates import Bandwidths
 
 #: Round rates: bytes (elements) per second.
 RATES = Bandwidths(

@@ -84,7 +84,7 @@ def _show(run: Run, console: Console) -> None:
     store = engine.manager.store
     if store is not None:
         how = "O_DIRECT" if store.direct else "buffered"
-        _line(console, f"NVMe: {store.path} through {store.engine}, {how}")
+        _line(console, f"NVMe: {', '.join(path.path for path in store.paths)} through {store.engine}, {how}")
     _line(console, f"weights placed in {run.build_seconds:.1f} s")
 
 

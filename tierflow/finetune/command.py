@@ -51,9 +51,9 @@ def finetune(options: Options, console: Console) -> None:
     try:
         _run(prepare(options, console), console)
     finally:
-        if options.nvme_path is None:
+        if not options.nvme_path:
             with contextlib.suppress(OSError):  # there was none, or somebody put a file there
-                options.swap.rmdir()
+                options.swap[0].rmdir()
 
 
 def _run(run: Run, console: Console) -> None:
@@ -82,7 +82,8 @@ def prepare(options: Options, console: Console) -> Run:
     options.output.mkdir(parents=True, exist_ok=True)
     before = peak_rss()
     with console.status("streaming weights to their tiers"):
-        model, optimizer = load(AutoModelForCausalLM, options.model, config, nvme_path=str(options.swap), owned_loop=True)
+        swap = [str(folder) for folder in options.swap]
+        model, optimizer = load(AutoModelForCausalLM, options.model, config, nvme_path=swap, owned_loop=True)
     total = options.steps or batches.steps_for(options.epochs)
     learning_rate = LearningRate(config.scheduler, options, total)
     engine = TrainingEngine(model, optimizer, config)
@@ -127,7 +128,7 @@ def show(run: Run, console: Console) -> None:
     store = engine.manager.store
     if store is not None:
         how = "O_DIRECT" if store.direct else "buffered"
-        console.print(f"NVMe: {store.path} through {store.engine}, {how}", highlight=False, soft_wrap=True)
+        console.print(f"NVMe: {', '.join(path.path for path in store.paths)} through {store.engine}, {how}", highlight=False, soft_wrap=True)
     console.print(
         f"data: {len(batches.sequences):,} sequences of {batches.sequences.length} tokens; "
         f"{run.trainer.total} steps of {batches.tokens_per_step:,} tokens",

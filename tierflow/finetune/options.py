@@ -34,14 +34,14 @@ class Options:
     save_every: int = 0
     resume: bool = False
     prompt: str | None = None
-    nvme_path: Path | None = None
+    nvme_path: tuple[Path, ...] = ()
     report: bool = False
     trace: Path | None = None
 
     @property
-    def swap(self) -> Path:
-        """The folder for NVMe when the config names none."""
-        return self.nvme_path or self.output / "swap"
+    def swap(self) -> tuple[Path, ...]:
+        """The folders for NVMe when the config names none."""
+        return self.nvme_path or (self.output / "swap",)
 
     @property
     def checkpoint(self) -> Path:

@@ -1,0 +1,199 @@
+"""A run of tune: calibration, search, and the figures of what was found."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from tierflow.tune import load
+from tierflow.tune.knobs import Setting, Space
+from tierflow.tune.load import Kind, Limits, Sample
+from tierflow.tune.rig import Candidate, Rig
+from tierflow.tune.search import Outcome, search
+from tierflow.tune.stores import lay_out, open_store
+
+#: Settings to begin with, and the least of them where time is short.
+STARTS, FEWEST = 12, 6
+#: Of a run's seconds: one load of a candidate's shortest look; one load of a look at the result.
+LOOK_SHARE, FINAL_SHARE = 0.0025, 0.008
+#: Of a run's bytes: what the search may write, and the result's own figures after it.
+SEARCH_BYTES, FINAL_BYTES = 0.7, 0.25
+FINAL_LOOKS = 5
+#: Neighbours that the search will look at, about.
+NEAR = 12
+#: Seconds kept back for the result's figures, of the whole.
+KEPT_BACK = 0.2
+
+
+@dataclass
+class Watcher:
+    """What is told of a run under way; each may be replaced."""
+
+    say: Callable[[str], None] = lambda text: None
+    look: Callable[[Candidate], None] = lambda candidate: None
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one load gave with the setting that was found; ``samples`` one by one, latencies in seconds."""
+
+    kind: Kind
+    samples: tuple[Sample, ...]
+    latency: tuple[float, float]
+
+    def rate(self, pick: str = "rate") -> float:
+        """Median bytes per second: "rate" of both directions, "read" or "write"."""
+        return load.median([getattr(s, pick) for s in self.samples])
+
+    def spread(self) -> tuple[float, float]:
+        """The lowest and the highest rate."""
+        rates = [s.rate for s in self.samples]
+        return min(rates), max(rates)
+
+    def cpu_per_gib(self) -> float:
+        """CPU seconds per GiB over all samples: one is too short for the kernel's clock."""
+        return sum(s.cpu for s in self.samples) / sum(s.nbytes for s in self.samples) * (1 << 30)
+
+
+@dataclass
+class Finding:
+    """The result. ``tried``: every setting with its score and rates by load, best first."""
+
+    best: Setting
+    outcome: Outcome
+    figures: dict[Kind, Figures] = field(default_factory=dict)
+    tried: list[tuple[Setting, float, dict[Kind, float]]] = field(default_factory=list)
+    refused: dict[str, int] = field(default_factory=dict)
+
+
+class CandidateMeter:
+    """Opens, measures and closes candidates for the search; remembers what was measured of each."""
+
+    def __init__(self, rig: Rig, nbytes: int, look_seconds: float, starts: int, watcher: Watcher):
+        self.rig, self.nbytes, self.seconds, self.watcher = rig, nbytes, look_seconds, watcher
+        self.limit = int(rig.budget.limit * SEARCH_BYTES)
+        #: What a look may write: the search's bytes, less those that fill files, over the looks that it will take.
+        fills = nbytes * len(rig.paths) * (starts + NEAR)
+        self.each = max(self.limit - rig.budget.written - fills, self.limit // 10) // (20 * starts)
+        self.open: dict[Setting, Candidate] = {}
+        self.known: dict[Setting, Candidate] = {}
+        self.refused: dict[str, int] = {}
+
+    def add(self, setting: Setting) -> bool:
+        """Opens and fills its files, unless they are open; False if it is refused or the means do not suffice."""
+        if setting in self.open:
+            return True
+        # one there must be, however late it is: its figures are then the result
+        if self.known and not self._affords(self.nbytes * len(self.rig.paths)):
+            return False
+        try:
+            made = self.rig.candidate(setting, self.nbytes)
+        except OSError as error:
+            self.refused[str(error)] = self.refused.get(str(error), 0) + 1
+            return False
+        if setting in self.known:
+            made.samples = self.known[setting].samples
+        self.open[setting] = self.known[setting] = made
+        return True
+
+    def drop(self, setting: Setting) -> None:
+        """Closes its files."""
+        if setting in self.open:
+            self.open.pop(setting).close()
+
+    def visit(self, settings: list[Setting], effort: int) -> bool:
+        """A look at each in turn; False as soon as seconds or bytes run out."""
+        for setting in settings:
+            written = self.each * min(effort, 3)
+            if not self._affords(written):
+                return False
+            self.open[setting].visit(self.seconds * min(effort, 3), written)
+            self.watcher.look(self.open[setting])
+        return True
+
+    def score(self, setting: Setting) -> float:
+        """Of the medians of all samples; below any real one where there are none."""
+        candidate = self.known[setting]
+        return candidate.score() if all(candidate.samples.values()) else -1.0
+
+    def close(self) -> None:
+        """Closes whatever is open."""
+        for setting in list(self.open):
+            self.drop(setting)
+
+    def _affords(self, written: int) -> bool:
+        budget = self.rig.budget
+        return budget.seconds_left > KEPT_BACK * budget.seconds and budget.written + written <= self.limit
+
+
+def calibrate(rig: Rig, nbytes: int, setting: Setting) -> list[float]:
+    """Measures each path alone, sets the rig's weights by it, and returns bytes per second of the writes that fill it."""
+    fills = []
+    for number, path in enumerate(rig.paths):
+        transfer = max(4 << 20, setting.block_size)
+        with open_store([path], nbytes, setting, [1.0]) as store:
+            offsets, pieces = lay_out(store, transfer), rig.pieces(setting, transfer)
+            began = rig.budget.elapsed
+            rig.budget.written += load.fill(store, offsets, pieces)
+            fills.append(nbytes / max(rig.budget.elapsed - began, 1e-9))
+            sample = load.run("read", store, offsets, pieces, Limits(rig.budget.seconds * LOOK_SHARE * 2))
+            rig.weights[number] = sample.rate
+    return fills
+
+
+def find(rig: Rig, space: Space, first: Setting, candidate_bytes: int, size: int, watcher: Watcher) -> Finding:
+    """Searches from ``first`` and a spread of others, then takes the figures of the best on files of ``size``."""
+    watcher.say("a first look at each path")
+    fills = calibrate(rig, candidate_bytes, first)
+    look = rig.budget.seconds * LOOK_SHARE
+    # the slowest path sets what it takes to make a candidate ready
+    ready = candidate_bytes / min(fills) + 2 * look * len(rig.kinds)
+    count = max(FEWEST, min(STARTS, int(0.25 * rig.budget.seconds / ready)))
+    starts = [first, *(s for s in space.starts(count) if s != first)][:count]
+    meter = CandidateMeter(rig, candidate_bytes, look, len(starts), watcher)
+    try:
+        outcome = search(space, meter, starts, watcher.say)
+    finally:
+        meter.close()
+    finding = Finding(outcome.best, outcome, refused=meter.refused)
+    measured = {s: c for s, c in meter.known.items() if all(c.samples.values())}
+    finding.tried = sorted(
+        ((s, c.score(), {k: c.rate(k) for k in rig.kinds}) for s, c in measured.items()), key=lambda row: -row[1]
+    )
+    finding.figures = take_figures(rig, outcome.best, size, watcher)
+    return finding
+
+
+def take_figures(rig: Rig, setting: Setting, size: int, watcher: Watcher) -> dict[Kind, Figures]:
+    """The figures that are reported, each load several times in turn."""
+    watcher.say(f"measuring {setting}")
+    budget = rig.budget
+    seconds = max(0.05, budget.seconds * FINAL_SHARE)
+    with rig.candidate(setting, size) as candidate:
+        each = int(min(budget.limit * FINAL_BYTES, budget.bytes_left * 0.9)) // (FINAL_LOOKS + 1)
+        for _ in range(FINAL_LOOKS):
+            candidate.visit(seconds, each)
+            watcher.look(candidate)
+        found = {}
+        for kind in rig.kinds:
+            latencies = candidate.latencies(kind, seconds, each // 2)
+            both = load.percentile(latencies, 0.5), load.percentile(latencies, 0.99)
+            found[kind] = Figures(kind, tuple(candidate.samples[kind]), both)
+    return found
+
+
+def effects(finding: Finding) -> dict[str, list[tuple[str | int, float]]]:
+    """For each knob its values and the score of the best with that value alone, relative to the best itself."""
+    scores = {setting: score for setting, score, _ in finding.tried}
+    top = scores.get(finding.best)
+    found: dict[str, list[tuple[str | int, float]]] = {}
+    for knob in (f.name for f in dataclasses.fields(Setting)):
+        own = getattr(finding.best, knob)
+        values = {
+            getattr(s, knob): score / top
+            for s, score in scores.items()
+            if top and replace(s, **{knob: own}) == finding.best
+        }
+        found[knob] = sorted(values.items(), key=lambda item: item[0] if isinstance(item[0], str) else f"{item[0]:020d}")
+    return found
