@@ -58,8 +58,8 @@ def offload(
     The model is changed in place and trains in any torch loop. ``config``: a path, mapping or ``Config``; none
     means everything "auto". The optimizer's settings come from ``optimizer`` (a fresh torch AdamW or Adam, taken
     over), ``param_groups``, or the config's ``optimizer`` block: one of the three must be there. ``nvme_path``: the
-    folder, or several, for what lives on NVMe when the config names none. ``source`` gives values for parameters on the meta
-    device (see ``tierflow.load``). ``owned_loop``: the caller calls ``optimizer.expect_step()`` before each step's
+    folder, or several, for what lives on NVMe when the config names none. ``source`` gives values for parameters on
+    the meta device (see ``tierflow.load``). ``owned_loop``: the caller calls ``optimizer.expect_step()`` before each step's
     first backward, as ``tierflow.initialize`` does, so that updates may run in the backward. ``debug_memory`` is for tests: random places, freed memory poisoned.
 
     Raises ConfigError, DoesNotFit (with the table of needs) before anything is allocated; OSError for the path.

@@ -103,7 +103,7 @@ def nvme_directories(config: Config, default: str | Sequence[str] | None) -> tup
     zero = config.zero_optimization
     given = zero.offload_param.nvme_path or zero.offload_optimizer.nvme_path
     paths = given or default or ()
-    paths = (paths,) if isinstance(paths, str) else tuple(paths)
+    paths = (os.fspath(paths),) if isinstance(paths, (str, os.PathLike)) else tuple(map(os.fspath, paths))
     for path in paths if given is None else ():
         os.makedirs(path, exist_ok=True)
     return paths
