@@ -68,10 +68,10 @@ def plain(model: nn.Module, steps, loss=None) -> tuple[list[float], dict[str, to
     return losses, tiny.weights(model)
 
 
-def engine_for(model, path, placement="everything", order="layer_major", count=COUNT, **options):
+def engine_for(model, path, placement="everything", order="layer_major", count=COUNT, prefetch=True, **options):
     caps = tiny.tight(model, placement, accumulation=count) | options
     config = tiny.config(placement, path, 0.0, count, **caps)
-    config["tierflow"]["accumulation"] = order
+    config["tierflow"] |= {"accumulation": order, "prefetch": prefetch}
     return tierflow.initialize(model, config, debug_memory=DebugMemory(random.Random(1)))
 
 
@@ -260,17 +260,22 @@ def bytes_of_last_step(engine, steps, loss=None) -> tuple[int, int]:
     return moved.nvme_read, moved.nvme_written
 
 
-def test_layer_major_reads_what_one_micro_batch_reads(tmp_path) -> None:
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_layer_major_reads_what_one_micro_batch_reads(prefetch: bool, tmp_path) -> None:
     found, planned = {}, {}
     for order, count in (("layer_major", 1), ("layer_major", COUNT), ("micro_batch", COUNT)):
         model = wide()
         steps = ways([[list(range(12))] * count] * 4)
-        with engine_for(model, tmp_path, order=order, count=count, update="immediate", **SMALL) as engine:
+        with engine_for(model, tmp_path, order=order, count=count, prefetch=prefetch, update="immediate", **SMALL) as engine:
             found[order, count] = bytes_of_last_step(engine, steps, way_loss)
             plan = engine.optimizer.engine.plan
             planned[order, count] = plan.nvme_read, plan.nvme_written
-    assert found["layer_major", COUNT] == found["layer_major", 1]
-    assert found["micro_batch", COUNT][0] > 2 * found["layer_major", COUNT][0]
+    several, one = found["layer_major", COUNT], found["layer_major", 1]
+    if prefetch:  # what is read ahead over the step's end, and kept, goes by the clock: a bias or two
+        assert several == (pytest.approx(one[0], rel=0.02), one[1])
+    else:
+        assert several == one
+    assert found["micro_batch", COUNT][0] > 2 * several[0]
     for key, (read, written) in found.items():
         # the plan takes the backward for the forward reversed; here it uses one unit more often
         assert abs(read - planned[key][0]) <= 0.1 * planned[key][0], (key, found, planned)
