@@ -75,6 +75,12 @@ class DueUpdates:
         if self.queue.job(unit) is not None:
             self.run(lambda: self.queue.finish(unit))
 
+    def before_gradient(self, unit: Unit) -> None:
+        """A gradient's memory is about to change: an update may still need it, or borrow it."""
+        if self.queue.pending(unit):
+            self.finish(unit)
+        self.run(lambda: self.queue.vacate(unit))
+
     def settle(self, units: Iterable[Unit] | None = None) -> None:
         """Runs what is due for some units, or all, until their homes hold it."""
         self.refuse()

@@ -22,6 +22,7 @@ from tierflow.scheduler.due import DueUpdates
 from tierflow.scheduler.gradients import GradContext, GradSlot, weakly, while_alive
 from tierflow.scheduler.guard import EvictedParameterError, describe
 from tierflow.scheduler.hooks import ModelHooks, in_backward
+from tierflow.scheduler.idle import IdleGradients
 from tierflow.scheduler.jobs import Job
 from tierflow.scheduler.lookahead import LookAhead
 from tierflow.scheduler.plan import MemoryPlan
@@ -109,7 +110,8 @@ class Engine:
 
     def _make_updates(self, deferred: bool) -> DueUpdates:
         plan, has_none = self.plan, self.device.type == "cpu"  # no accelerator
-        stager = Stager(self.manager, has_none or plan.placement.optimizer is Tier.DEVICE, worker=not has_none)
+        on_device = has_none or plan.placement.optimizer is Tier.DEVICE
+        stager = Stager(self.manager, on_device, not has_none, IdleGradients(self.manager.pools[Tier.HOST].working.debug))
         queue = UpdateQueue(
             stager, plan.piece_elements, plan.pieces_in_flight, self._victims_beyond, self._in_turn, plan.landing(self.units)
         )
@@ -155,12 +157,12 @@ class Engine:
             self.step_counts[id(p)] = 0
             with raw():
                 self._handles.append(p.register_post_accumulate_grad_hook(weakly(grad)))
+        if self.plan.placement.grad is Tier.HOST and self.due.deferred:
+            del flat, memory
+            self.updates.stager.idle.register(unit, lease, [self.slots[id(p)] for p in unit.params])
 
     def _before_write(self, slot: GradSlot) -> None:
-        """A gradient's memory is about to change, and an update that is due may still need it."""
-        unit = self._where[id(slot.param)][0]
-        if self.updates.pending(unit):
-            self.due.finish(unit)
+        self.due.before_gradient(self._where[id(slot.param)][0])
 
     def _arrived(self, slot: GradSlot) -> None:
         """A gradient was accumulated."""
@@ -506,6 +508,7 @@ class Engine:
             self.binder.shut(unit)
         self.updates.abandon()
         self.updates.stager.close()
+        self.updates.stager.idle.close()
         for slot in self.slots.values():
             slot.close()
         self.slots.clear()

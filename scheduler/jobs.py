@@ -27,6 +27,7 @@ class Job:
     speculative: bool = False  # to the second slot; see speculation.py
     whole: bool = False  # the weights are wanted soon: brought up whole, and updated where they then are
     tier: Tier | None = None  # where the weights are updated; None: staged in pieces like the states
+    needed: bool = False  # somebody waits for it
     begun: bool = False
     read_ahead: bool = False  # its states, before it has begun
     held: bool = False  # the weights' copy is pinned, or will be as soon as it is there
@@ -34,6 +35,7 @@ class Job:
     todo: list[tuple[int, int]] = field(default_factory=list)  # those that no piece was made of yet
     computing: int = 0  # pieces whose kernel has not run
     writing: int = 0  # pieces that have not ended
+    unwritten: int = 0  # pieces whose weights are not home
     computed: bool = False
 
     @property
@@ -58,8 +60,10 @@ class Piece:
     before: dict[Kind, torch.Tensor] = field(default_factory=dict)  # memory for what is to be overwritten
     staged: list[Kind] = field(default_factory=list)
     scratch: Lease | None = None
+    borrowed: bool = False  # the scratch is memory of an idle gradient
     reads: list[Ticket] = field(default_factory=list)
     kernel: Future[None] | None = None
+    weights: list[Ticket] = field(default_factory=list)  # their write
     writes: list[Ticket] = field(default_factory=list)
     fills: list[Ticket] = field(default_factory=list)  # to a device, where the compute waits for them
 

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from tierflow.cpu_adam import kernels, reference
+from tierflow.scheduler.idle import IdleGradients
 from tierflow.scheduler.jobs import Job, Piece, kinds, segments
 from tierflow.scheduler.units import Unit
 from tierflow.swap import Chunk, Kind, Lane, Manager, Ticket, Tier
@@ -23,11 +24,13 @@ class Stager:
     """Moves pieces; decides nothing.
 
     ``on_device``: whether the kernels can work on DEVICE memory (always so without an accelerator). ``worker``: kernels
-    run on a thread of their own, so that the caller goes on giving work to the accelerator meanwhile.
+    run on a thread of their own, so that the caller goes on giving work to the accelerator meanwhile. ``idle``: memory that
+    serves for staging beside the working pool's.
     """
 
-    def __init__(self, manager: Manager, on_device: bool, worker: bool):
+    def __init__(self, manager: Manager, on_device: bool, worker: bool, idle: IdleGradients | None = None):
         self.manager, self.on_device = manager, on_device
+        self.idle = idle or IdleGradients()
         self.kernel_seconds = 0.0
         self._timeline = manager.timeline
         self._worker = ThreadPoolExecutor(1, "tierflow-update") if worker else None
@@ -71,11 +74,17 @@ class Stager:
         chunks = kinds(job.unit) if job.speculative else {}
         return [k for k, chunk in chunks.items() if self.manager.home(chunk) is not Tier.NVME]
 
-    def read(self, piece: Piece, victims: Victims, wait: bool) -> None:
-        """Leases staging memory and starts the reads. Raises CapacityError, with nothing taken."""
+    def read(self, piece: Piece, victims: Victims, wait: bool, borrow: bool = True) -> None:
+        """Leases staging memory and starts the reads. Raises CapacityError, with nothing taken.
+
+        ``borrow``: memory of idle gradients will do.
+        """
         unit, offset = piece.job.unit, 0
         need = self.needs(piece)
-        piece.scratch = self.manager.scratch(Tier.HOST, need, victims, wait) if need else None
+        piece.scratch = self.idle.lease(need) if borrow else None
+        piece.borrowed = piece.scratch is not None
+        if need and not piece.borrowed:
+            piece.scratch = self.manager.scratch(Tier.HOST, need, victims, wait)
         for kind, tier in self.where(piece.job, piece.begin).items():
             chunk = unit.chunks[kind]
             if tier is not None:
@@ -143,13 +152,15 @@ class Stager:
 
     def write(self, piece: Piece) -> None:
         """Starts writing what changed to the homes that are not where it was computed."""
-        manager, spare = self.manager, piece.job.speculative
+        manager, spare, held = self.manager, piece.job.speculative, piece.job.held
         for kind, data in piece.tensors.items():
             chunk = piece.job.unit.chunks[kind]
             at = chunk.itemsize * piece.begin
             if kind in piece.before:
                 piece.writes.append(manager.write(chunk, piece.before[kind].view(torch.uint8), at, spare))
-            if manager.home(chunk) is Tier.NVME and (kind is Kind.PARAM or kind in piece.staged):
+            if manager.home(chunk) is Tier.NVME and kind is Kind.PARAM:  # others' weights wait for the held copy's room
+                piece.weights.append(manager.write(chunk, data.view(torch.uint8), at, spare, urgent=held))
+            elif manager.home(chunk) is Tier.NVME and kind in piece.staged:
                 piece.writes.append(manager.write(chunk, data.view(torch.uint8), at, spare))
             elif kind in piece.staged:
                 home = manager.memory(chunk, manager.home(chunk)).bytes()
@@ -162,9 +173,11 @@ class Stager:
         """Gives the staging memory back; nothing of the piece is under way any more."""
         piece.tensors.clear()
         piece.before.clear()
-        if piece.scratch is not None:
+        if piece.scratch is not None and piece.borrowed:
+            piece.scratch.release()
+        elif piece.scratch is not None:
             self.manager.drop_scratch(Tier.HOST, piece.scratch)
-            piece.scratch = None
+        piece.scratch = None
 
     def restore(self, job: Job, kind: Kind, victims: Victims) -> None:
         """Brings the old values of a kind that lives in memory back from its second slot."""

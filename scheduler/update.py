@@ -11,18 +11,23 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
-from tierflow.scheduler.jobs import Job, Piece, foreseen, spans
+from tierflow.scheduler.jobs import Job, Piece, foreseen, kinds, spans
 from tierflow.scheduler.stager import Stager
 from tierflow.scheduler.units import Unit
-from tierflow.swap import CapacityError, Chunk, CopyState, Event, Lane, Ticket, Tier
+from tierflow.swap import CapacityError, Chunk, CopyState, Event, Kind, Lane, Lease, Ticket, Tier
 from tierflow.swap.lanes import finish
 from tierflow.swap.manager import Victims
 
 #: Victims whose next use is farther than that of the given unit; None: any.
 VictimsBeyond = Callable[[Unit | None], Victims]
+
+
+#: Pieces whose states are read before their weights have room: what keeps the drive busy. More would only stand before
+#: reads that somebody waits for.
+AHEAD_OF_WEIGHTS = 8
 
 
 class UpdateQueue:
@@ -46,6 +51,7 @@ class UpdateQueue:
         self._reading: deque[Piece] = deque()
         self._computing: deque[Piece] = deque()
         self._writing: deque[Piece] = deque()
+        self._homing: deque[Piece] = deque()  # those of them whose weights are not written
         self._resting = False
         self._looked_ahead = False
         self.forgotten = 0  # bytes that were read ahead for nothing
@@ -99,7 +105,7 @@ class UpdateQueue:
             tier = self._tier_of_use(job.unit) if job.whole and not (job.begun or job.read_ahead) else None
             if tier is None or job.speculative:
                 continue
-            if self._in_flight() + len(self._foreseen) >= self.depth:
+            if len(self._foreseen) >= AHEAD_OF_WEIGHTS or not self._room_for(job.unit, len(self._foreseen)):
                 return
             if self.stager.streams(job.unit) and not self._read_ahead(replace(job, tier=tier), every=False):
                 return
@@ -111,10 +117,11 @@ class UpdateQueue:
             piece, key = Piece(job, begin, end), (job.unit.index, begin, end)
             if key in self._foreseen:
                 continue
-            if self._landing and room.free < self.stager.needs(piece) + self._landing:
+            borrow = not every and self.stager.idle.offers(self.stager.needs(piece))  # what is foreseen outlives them
+            if not borrow and self._landing and room.free < self.stager.needs(piece) + self._landing:
                 return False
             try:
-                self.stager.read(piece, _nothing, wait=False)
+                self.stager.read(piece, _nothing, wait=False, borrow=borrow)
             except CapacityError:
                 return False
             self._foreseen[key] = piece
@@ -190,17 +197,33 @@ class UpdateQueue:
         """Ends what is under way, after an error: nothing writes to memory that is given back."""
         self.forget()
         for piece in (*self._reading, *self._computing, *self._writing):
-            for ticket in (*piece.reads, *piece.writes, *piece.fills):
+            for ticket in (*piece.reads, *piece.weights, *piece.writes, *piece.fills):
                 with contextlib.suppress(OSError):
                     finish(ticket)
             if piece.kernel is not None:
                 piece.kernel.exception()
             self.stager.release(piece)
-        for queue in (self._reading, self._computing, self._writing, self._waiting):
+        for queue in (self._reading, self._computing, self._writing, self._homing, self._waiting):
             queue.clear()
         for job in self._jobs.values():
             self._let_go(job)
         self._jobs.clear()
+
+    def vacate(self, unit: Unit) -> None:
+        """Until nothing is in the memory of the unit's gradients, which is needed now."""
+        self.stager.idle.take_back(unit, self._empty)
+
+    def _empty(self, inside: Callable[[Lease], bool]) -> None:
+        for piece in list(self._foreseen.values()):
+            if piece.scratch is not None and inside(piece.scratch):
+                self.forget(piece.job.unit)
+        for piece in (*self._reading, *self._computing, *self._writing):
+            while piece.scratch is not None and inside(piece.scratch):
+                if piece in self._writing:
+                    self._wait_write(piece)
+                    self._ended(piece)
+                else:
+                    self._step()
 
     def cancel(self, unit: Unit) -> bool:
         """Takes the unit's job out of the queue; False if it has begun, or there is none."""
@@ -216,6 +239,7 @@ class UpdateQueue:
         return self._victims(None)
 
     def _first(self, job: Job) -> None:
+        job.needed = True
         if job in self._waiting and self._waiting[0] is not job:
             self._waiting.remove(job)
             self._waiting.insert(int(self._waiting[0].begun), job)
@@ -230,7 +254,10 @@ class UpdateQueue:
         elif self._computing:
             self._wait_kernel(self._computing[0])
         elif not self._begin(must=not self._writing):
-            self._wait_write(self._writing[0])
+            if self._homing:
+                self._wait_weights(self._homing[0])
+            else:
+                self._wait_write(self._writing[0])
 
     def _wait_read(self, piece: Piece) -> None:
         began = time.perf_counter()
@@ -245,10 +272,21 @@ class UpdateQueue:
         piece.kernel.result()
         self._manager.timeline.wait(Lane.UPDATE, f"{piece.job.unit.label} update", began)
 
+    def _wait_weights(self, piece: Piece) -> None:
+        with self._waiting_for_write(piece):
+            self._weights_written(piece)
+
     def _wait_write(self, piece: Piece) -> None:
+        with self._waiting_for_write(piece):
+            if piece in self._homing:
+                self._weights_written(piece)
+            _finish_all(piece.writes)
+            _finish_all(piece.fills)
+
+    @contextlib.contextmanager
+    def _waiting_for_write(self, piece: Piece) -> Iterator[None]:
         began = time.perf_counter()
-        _finish_all(piece.writes)
-        _finish_all(piece.fills)
+        yield
         self._manager.traffic.wait_write += time.perf_counter() - began
         self._manager.timeline.wait(Lane.WRITE, f"{piece.job.unit.label} states", began)
 
@@ -256,7 +294,7 @@ class UpdateQueue:
 
     def _begin(self, must: bool) -> bool:
         """Starts the next piece's reads; False if there is none, or no room for it yet."""
-        if not self._waiting or self._in_flight() >= self.depth:
+        if not self._waiting or not self._room_for(self._waiting[0].unit):
             return False
         job = self._waiting[0]
         if not job.begun and (self._resting or not self._begin_job(job, must)):
@@ -281,19 +319,24 @@ class UpdateQueue:
             self._waiting.popleft()
         return True
 
-    def _in_flight(self) -> int:
-        return len(self._reading) + len(self._computing) + len(self._writing)
+    def _room_for(self, unit: Unit, foreseen: int = 0) -> bool:
+        """Whether one more piece of the unit may be staged: within the depth, or in memory that idles."""
+        pieces = (*self._reading, *self._computing, *self._writing)
+        if sum(not piece.borrowed for piece in pieces) + foreseen < self.depth:
+            return True
+        elements = min(self.piece_elements, unit.chunk.numel)
+        return self.stager.idle.offers(elements * sum(chunk.itemsize for chunk in kinds(unit).values()))
 
     def _begin_job(self, job: Job, must: bool) -> bool:
         manager, chunk = self._manager, job.unit.chunk
         home = manager.home(chunk)
         there = self.stager.in_place(chunk)
         job.tier = there if there or not job.whole else self._tier_of_use(job.unit)
-        if job.tier is Tier.DEVICE and not (there or must or self._in_turn(job.unit)):
+        if job.tier is Tier.DEVICE and not (there or must or job.needed or self._in_turn(job.unit)):
             job.tier = None
             return False
         if job.tier is not None and home is Tier.NVME:
-            victims = self._victims(None if must else job.unit)
+            victims = self._victims(None if must or job.needed else job.unit)
             try:
                 job.held = manager.fetch(chunk, victims, hint=not must, target=job.tier, hold=True)
             except CapacityError:
@@ -306,7 +349,7 @@ class UpdateQueue:
             self.forget(job.unit)
         job.cut = self._cut(job)
         job.todo = list(job.cut)
-        job.computing = job.writing = len(job.todo)
+        job.computing = job.writing = job.unwritten = len(job.todo)
         job.begun = True
         return True
 
@@ -335,7 +378,7 @@ class UpdateQueue:
             manager.evict(chunk, tier)
         at = job.todo[0][0]
         left = [span for span in self._cut(job) if span[0] >= at]
-        job.computing = job.writing = len(left)
+        job.computing = job.writing = job.unwritten = len(left)
         job.todo = left
 
     def _compute(self) -> bool:
@@ -363,7 +406,10 @@ class UpdateQueue:
         while self._computing and self._computing[0].kernel.done():  # type: ignore[union-attr]
             self._computed(self._computing[0])
             done = True
-        while self._writing and all(t.done() for t in (*self._writing[0].writes, *self._writing[0].fills)):
+        while self._homing and all(t.done() for t in self._homing[0].weights):
+            self._weights_written(self._homing[0])
+            done = True
+        while self._writing and _written(self._writing[0]):
             self._ended(self._writing[0])
             done = True
         return done
@@ -373,16 +419,31 @@ class UpdateQueue:
         piece.kernel.result()
         self.stager.write(piece)
         self._writing.append(self._computing.popleft())
+        if piece.weights:
+            self._homing.append(piece)
         job = piece.job
         for ticket in piece.fills:
             self._manager.lane.before_use(ticket)
         job.computing -= 1
         job.computed = job.computing == 0
+        if job.computed and not job.speculative:  # that may be undone, and done again with the same gradient
+            self.stager.idle.rest(job.unit)
+
+    def _weights_written(self, piece: Piece) -> None:
+        """Once a unit's weights are all at home its copy is free to go; the states may follow later."""
+        _finish_all(piece.weights)
+        self._homing.remove(piece)
+        piece.tensors.pop(Kind.PARAM, None)  # a view of it would keep it where it is
+        job = piece.job
+        job.unwritten -= 1
+        if not job.unwritten and job.tier is not None and not job.speculative:
+            self._home_is_whole(job.unit.chunk)
+            self._let_go(job)
 
     def _ended(self, piece: Piece) -> None:
         _finish_all(piece.writes)
         _finish_all(piece.fills)
-        self._writing.popleft()
+        self._writing.remove(piece)
         self.stager.release(piece)
         job, chunk = piece.job, piece.job.unit.chunk
         job.writing -= 1
@@ -416,6 +477,10 @@ class UpdateQueue:
 
 def _nothing(_tier: Tier) -> tuple[Chunk, ...]:
     return ()
+
+
+def _written(piece: Piece) -> bool:
+    return not piece.weights and all(t.done() for t in (*piece.writes, *piece.fills))
 
 
 def _finish_all(tickets: list[Ticket]) -> None:

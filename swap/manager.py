@@ -145,11 +145,16 @@ class Manager:
         self.timeline.follow(Lane.READ, self.timeline.name(chunk.id), ticket.times, dst.nbytes)
         return ticket
 
-    def write(self, chunk: Chunk, src: torch.Tensor, begin: int = 0, spare: bool = False) -> Ticket:
-        """Starts writing ``src`` at byte ``begin`` of the chunk's extent (or second slot)."""
+    def write(
+        self, chunk: Chunk, src: torch.Tensor, begin: int = 0, spare: bool = False, urgent: bool = False
+    ) -> Ticket:
+        """Starts writing ``src`` at byte ``begin`` of the chunk's extent (or second slot).
+
+        ``urgent``: the memory is wanted for something else.
+        """
         assert self.store is not None
         self.traffic.nvme_written += src.nbytes
-        ticket = self.store.write(src, (self._spares if spare else self._extents)[chunk.id].offset + begin)
+        ticket = self.store.write(src, (self._spares if spare else self._extents)[chunk.id].offset + begin, urgent=urgent)
         self.timeline.follow(Lane.WRITE, self.timeline.name(chunk.id), ticket.times, src.nbytes)
         return ticket
 

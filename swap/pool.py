@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import random
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -110,8 +111,24 @@ class Pool:
         if self.debug is not None:
             lease.bytes().fill_(0xFF)  # NaN in fp32, bf16 and fp16
         self.leased -= lease.nbytes
-        at = bisect.bisect(self._free, (lease.offset, 0))
-        begin, end = lease.offset, lease.offset + lease.nbytes
+        self._insert(lease.offset, lease.offset + lease.nbytes)
+
+    def add(self, offset: int, nbytes: int) -> None:
+        """Enlarges the pool by a run of the arena that nobody else leases out meanwhile."""
+        self.nbytes += nbytes
+        self._insert(offset, offset + nbytes)
+
+    def remove(self, offset: int, nbytes: int) -> None:
+        """Takes a run out of the pool again; all of it must be free."""
+        at = bisect.bisect(self._free, (offset, sys.maxsize)) - 1
+        begin, length = self._free[at]
+        assert at >= 0 and begin <= offset and offset + nbytes <= begin + length, "the run is leased"
+        rest = [(begin, offset - begin), (offset + nbytes, begin + length - offset - nbytes)]
+        self._free[at : at + 1] = [r for r in rest if r[1]]
+        self.nbytes -= nbytes
+
+    def _insert(self, begin: int, end: int) -> None:
+        at = bisect.bisect(self._free, (begin, 0))
         if at < len(self._free) and self._free[at][0] == end:
             end += self._free.pop(at)[1]
         if at > 0 and sum(self._free[at - 1]) == begin:
