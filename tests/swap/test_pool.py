@@ -99,3 +99,35 @@ def test_close_gives_memory_back_and_a_fork_neither_copies_nor_frees_it() -> Non
     assert int(data[-1]) == 7
     arena.close()
     assert process.memory_info().rss - before < 8 * MIB
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 12_000)), max_size=60))
+def test_a_pool_of_runs_that_come_and_go_leases_only_those(steps: list[tuple[int, int]]) -> None:
+    arena = Arena(MIB)
+    pool = Pool("test", arena, 0, 0)
+    run, there, held = 8192, set(), []
+    for which, nbytes in steps:
+        begin = which * run
+        used = any(h.offset < begin + run and begin < h.offset + h.nbytes for h in held)
+        if which not in there:
+            pool.add(begin, run)
+            there.add(which)
+        elif used:
+            with pytest.raises(AssertionError, match="leased"):
+                pool.remove(begin, run)
+            held.pop(0).release()
+        elif nbytes % 2:
+            pool.remove(begin, run)
+            there.discard(which)
+        else:
+            try:
+                held.append(pool.lease(nbytes))
+            except CapacityError:
+                assert pool.largest < nbytes
+        assert all({h.offset // run, (h.offset + h.nbytes - 1) // run} <= there for h in held)
+        assert pool.nbytes == len(there) * run and pool.free == pool.nbytes - sum(h.nbytes for h in held)
+    for h in held:
+        h.release()
+    assert sum(length for _, length in pool.runs) == pool.nbytes
+    arena.close()
