@@ -7,7 +7,7 @@ so the fused operations and the root are computed here in float64 and rounded on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from .reference_codes import (
     split24,
     to_bf16,
 )
+from .rules import Hyper, Rule
 
 _NAN = 0x7FC00000
 
@@ -229,3 +230,18 @@ def adagrad_step(
     """What `kernels.rule_step` does with ADAGRAD; ``hyper`` is lr, eps and weight_decay."""
     update: Callable[..., None] = partial(adagrad_step_fp32, grad=_scaled(grad, unscale, clip, maximize), **hyper)
     _step(update, param, {"exp_avg_sq": exp_avg_sq}, master, scale, seed, step, index)
+
+
+_STEPS: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
+    "Adam": (adam_step, ("step", "lr", "beta1", "beta2", "eps", "weight_decay", "decoupled")),
+    "Lion": (lion_step, ("step", "lr", "beta1", "beta2", "weight_decay")),
+    "Adagrad": (adagrad_step, ("step", "lr", "eps", "weight_decay")),
+}
+
+
+def rule_step(
+    rule: Rule, param: Tensor, grad: Tensor, moments: Mapping[str, Tensor], *, hyper: Hyper, **rest: Any
+) -> None:
+    """What `kernels.rule_step` does, in place; ``rest`` is its other arguments."""
+    step, used = _STEPS[rule.name]
+    step(param, grad, **moments, **{name: getattr(hyper, name) for name in used}, **rest)

@@ -12,7 +12,7 @@ from torch import Tensor
 from .formats import GROUP, StateFormat
 from .rules import Rule
 
-__all__ = ["MASTER_KEYS", "complete", "restored"]
+__all__ = ["MASTER_KEYS", "check_codes", "complete", "restored"]
 
 #: Under which name a master of each dtype is kept.
 MASTER_KEYS = {torch.float32: "master", torch.int16: "remainder", torch.int8: "correction"}
@@ -72,7 +72,7 @@ def restored(
             )
         found[name] = torch.empty(shape, dtype=dtype).copy_(value)
     if fmt.moments == torch.uint8:
-        _check_codes(found, rule, where)
+        check_codes(found, rule, where)
     if "step" in saved:
         step = float(saved["step"])
         if not step >= 0 or step != int(step):
@@ -81,7 +81,11 @@ def restored(
     return found
 
 
-def _check_codes(found: dict[str, Any], rule: Rule, where: str) -> None:
+def check_codes(found: Mapping[str, Any], rule: Rule, where: str) -> None:
+    """Raises ValueError, with ``where`` in it, for codes and scales of one parameter that no step leaves together.
+
+    ``found``: the moments by name, of any shape, and ``scale``, (groups, moments of the rule); nothing if none is there.
+    """
     needed = {*rule.moments, "scale"}
     if not needed & set(found):
         return

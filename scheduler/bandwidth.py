@@ -18,10 +18,12 @@ import torch
 
 from tierflow import aio
 from tierflow.cpu_adam import kernels, reference
-from tierflow.scheduler.placement import Placement
+from tierflow.cpu_adam.formats import StateFormat, resolve
+from tierflow.cpu_adam.rules import ADAM, Hyper, Rule
+from tierflow.scheduler.placement import Placement, format_of
 from tierflow.scheduler.rates import NEVER, Bandwidths
 from tierflow.scheduler.units import Unit
-from tierflow.swap import IO_BYTES, Arena, Kind, Tier
+from tierflow.swap import IO_BYTES, Arena, Tier
 from tierflow.swap.lanes import finish
 
 #: Bytes of the probe's file, and of one transfer, and how many of these are under way at once.
@@ -43,8 +45,8 @@ class Paths:
     device: torch.device
     nvme_path: str | Sequence[str] | None = None
     aio_options: dict[str, Any] = field(default_factory=dict)
-    param_dtype: torch.dtype = torch.float32
-    master_dtype: torch.dtype | None = None
+    format: StateFormat = field(default_factory=lambda: resolve("fp32", torch.float32))
+    rule: Rule = ADAM
     grad_dtype: torch.dtype = torch.float32
     update_on_device: bool = False
     #: The drive's rates where they were measured before, by `tierflow tune`.
@@ -60,10 +62,8 @@ def paths_of(
     ``drive``: the drive's rates, if they were measured before.
     """
     unit = max((u for u in units if u.trainable), key=lambda u: u.chunk.numel)
-    master = unit.chunks.get(Kind.MASTER)
-    dtypes = {2: torch.int16, 4: torch.float32}
     return Paths(
-        device, nvme_path, aio_options, unit.dtype, dtypes[master.itemsize] if master else None,
+        device, nvme_path, aio_options, format_of(unit, placement), placement.rule,
         placement.grad_dtype or unit.dtype, placement.optimizer is Tier.DEVICE, drive,
     )  # fmt: skip
 
@@ -181,21 +181,21 @@ def _copies(device: torch.device, memory: torch.Tensor) -> tuple[float, float]:
 def _update(paths: Paths) -> float:
     """Elements per second of the update's kernel in the run's format."""
     device = paths.device if paths.update_on_device else torch.device("cpu")
-    weight, grad = (torch.full((_ELEMENTS,), 0.5, dtype=d, device=device) for d in (paths.param_dtype, paths.grad_dtype))
-    exp_avg, exp_avg_sq = (torch.zeros(_ELEMENTS, device=device) for _ in range(2))
-    master = torch.zeros(_ELEMENTS, dtype=paths.master_dtype, device=device) if paths.master_dtype else None
-    step: Callable[..., None] = kernels.adam_step if device.type == "cpu" else reference.adam_step
+    grad = torch.full((_ELEMENTS,), 0.5, dtype=paths.grad_dtype, device=device)
+    kinds = {k.name: torch.zeros(k.numel(_ELEMENTS), dtype=k.dtype, device=device) for k in paths.format.kinds(paths.rule)}
+    moments = {name: kinds[name] for name in paths.rule.moments}
+    step: Callable[..., None] = kernels.rule_step if device.type == "cpu" else reference.rule_step
 
     def run() -> None:
-        step(weight, grad, exp_avg, exp_avg_sq, master=master, step=1, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8,
-             weight_decay=0.01)  # fmt: skip
+        step(paths.rule, kinds["param"], grad, moments, hyper=Hyper(1, lr=1e-3, weight_decay=0.01),
+             master=kinds.get("master"), scale=kinds.get("scale"))  # fmt: skip
 
     return _repeat(run, _ELEMENTS, device)
 
 
 def _intake(paths: Paths) -> float:
     """Bytes per second of gradients into the host's gradient memory."""
-    grad = torch.full((_ELEMENTS,), 0.5, dtype=paths.param_dtype)
+    grad = torch.full((_ELEMENTS,), 0.5, dtype=paths.format.param)
     memory = torch.zeros(_ELEMENTS, dtype=paths.grad_dtype)
     return _repeat(lambda: kernels.intake(memory, grad, accumulate=False), grad.nbytes, torch.device("cpu"))
 

@@ -78,9 +78,13 @@ def _spans(manager: Manager, chunk: Chunk, begin: int, end: int, victims: Victim
 
 def read_parameter(manager: Manager, unit: Unit, slot: Slot, victims: Victims) -> torch.Tensor:
     """A copy of one parameter from its home, on the CPU."""
-    size = unit.chunk.itemsize
-    data = read_bytes(manager, unit.chunk, slot.offset * size, (slot.offset + slot.numel) * size, victims)
-    return data.view(unit.dtype).view(slot.shape)
+    return read_bytes(manager, unit.chunk, *slot_bytes(unit.chunk, slot), victims).view(unit.dtype).view(slot.shape)
+
+
+def slot_bytes(chunk: Chunk, slot: Slot) -> tuple[int, int]:
+    """Where the parameter's bytes begin and end in a chunk of its unit."""
+    begin = chunk.bytes_of(slot.offset)
+    return begin, begin + chunk.bytes_of(slot.numel)
 
 
 def store_parameter(manager: Manager, unit: Unit, slot: Slot, values: torch.Tensor, victims: Victims) -> None:
@@ -91,31 +95,48 @@ def store_parameter(manager: Manager, unit: Unit, slot: Slot, values: torch.Tens
     master = unit.chunks.get(Kind.MASTER)
     values = values.detach().contiguous().view(-1)
     working = values.to(unit.dtype)
-    if master is not None and master.itemsize == 2:
-        remainder = torch.zeros(slot.numel, dtype=torch.int16)
-        if values.dtype != torch.bfloat16:  # a bf16 value is its own master: remainder 0
-            working = torch.empty(slot.numel, dtype=torch.bfloat16)
-            kernels.split(values.float(), working, remainder)
-        _put(manager, master, slot, remainder, victims)
-    elif master is not None:
-        _put(manager, master, slot, values.float(), victims)
+    if master is not None:
+        kept = unit.layouts[Kind.MASTER].dtype
+        rest = values.float() if kept == torch.float32 else torch.zeros(slot.numel, dtype=kept)
+        if kept != torch.float32 and values.dtype != torch.bfloat16:  # a bf16 value is its own master: nothing is left
+            working, rest = _split(values.float(), kept)
+        _put(manager, master, slot, rest, victims)
     _put(manager, unit.chunk, slot, working, victims)
 
 
+def _split(master: torch.Tensor, kept: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The bf16 half of an fp32 master, and the int16 remainder or the int8 correction nearest to it."""
+    half, remainder = (torch.empty(master.numel(), dtype=d) for d in (torch.bfloat16, torch.int16))
+    kernels.split(master, half, remainder)
+    if kept == torch.int16:
+        return half, remainder
+    return half, ((remainder.int() + 0x80) >> 8).clamp_(max=0x7F).to(torch.int8)
+
+
+def join_master(half: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+    """The fp32 master of a weight and what MASTER holds of it; flat."""
+    if rest.dtype == torch.float32:
+        return rest
+    out = torch.empty(rest.numel())
+    remainder = rest if rest.dtype == torch.int16 else rest.to(torch.int16) << 8
+    kernels.join(half.view(-1), remainder, out)
+    return out
+
+
 def follow_user(manager: Manager, unit: Unit, slot: Slot, weights: torch.Tensor, victims: Victims) -> None:
-    """Makes MASTER agree with ``weights`` that were written in place: remainder 0, or the value where it differs."""
+    """Makes MASTER agree with ``weights`` that were written in place: nothing left, or the value where it differs."""
     master, weights = unit.chunks[Kind.MASTER], weights.contiguous().view(-1)
-    if master.itemsize == 2:
-        _put(manager, master, slot, torch.zeros(slot.numel, dtype=torch.int16), victims)
+    kept = unit.layouts[Kind.MASTER].dtype
+    if kept != torch.float32:
+        _put(manager, master, slot, torch.zeros(slot.numel, dtype=kept), victims)
         return
-    begin, end = slot.offset * 4, (slot.offset + slot.numel) * 4
-    held = read_bytes(manager, master, begin, end, victims).view(torch.float32)
+    held = read_bytes(manager, master, *slot_bytes(master, slot), victims).view(torch.float32)
     changed = held.to(unit.dtype) != weights
     _put(manager, master, slot, torch.where(changed, weights.float(), held), victims)
 
 
 def _put(manager: Manager, chunk: Chunk, slot: Slot, values: torch.Tensor, victims: Victims) -> None:
-    write_bytes(manager, chunk, slot.offset * chunk.itemsize, values.contiguous().view(torch.uint8), victims)
+    write_bytes(manager, chunk, chunk.bytes_of(slot.offset), values.contiguous().view(torch.uint8), victims)
 
 
 def write_back(manager: Manager, unit: Unit, victims: Victims) -> bool:
@@ -140,10 +161,10 @@ def write_back(manager: Manager, unit: Unit, victims: Victims) -> bool:
 def _follow(
     manager: Manager, unit: Unit, master: Chunk, now: torch.Tensor, before: torch.Tensor, victims: Victims
 ) -> None:
-    """Makes MASTER agree with weights that a user set: remainder 0, or the fp32 value."""
-    held = read_bytes(manager, master, 0, master.nbytes, victims)
-    if master.itemsize == 2:
-        held.view(torch.int16)[now != before] = 0
+    """Makes MASTER agree with weights that a user set: nothing left, or the fp32 value."""
+    held, kept = read_bytes(manager, master, 0, master.nbytes, victims), unit.layouts[Kind.MASTER].dtype
+    if kept != torch.float32:
+        held.view(kept)[now != before] = 0
     else:
         changed = now.float() != held.view(torch.float32).to(unit.dtype).float()
         held.view(torch.float32)[changed] = now.float()[changed]

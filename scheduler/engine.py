@@ -106,12 +106,13 @@ class Engine:
         """Whether deferring hides anything: without an accelerator the kernels' time is the processor's anyway."""
         if update != "auto" or self.device.type != "cpu":
             return update != "auto" or self.plan.placement.optimizer is not Tier.DEVICE
-        return any(self.plan.homes.of(u, Kind.EXP_AVG) is Tier.NVME for u in self.units if u.trainable)
+        return any(self.plan.homes.of_states(u) is Tier.NVME for u in self.units)
 
     def _make_updates(self, deferred: bool) -> DueUpdates:
         plan, has_none = self.plan, self.device.type == "cpu"  # no accelerator
+        idle = IdleGradients(self.manager.pools[Tier.HOST].working.debug)
         on_device = has_none or plan.placement.optimizer is Tier.DEVICE
-        stager = Stager(self.manager, on_device, not has_none, IdleGradients(self.manager.pools[Tier.HOST].working.debug))
+        stager = Stager(self.manager, on_device, not has_none, plan.placement.rule, idle)
         queue = UpdateQueue(
             stager, plan.piece_elements, plan.pieces_in_flight, self._victims_beyond, self._in_turn, plan.landing(self.units)
         )

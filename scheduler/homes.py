@@ -11,10 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tierflow.scheduler.placement import Caps, Needs, Placement, Together, working_needs
-from tierflow.scheduler.units import Unit
-from tierflow.swap import IO_BYTES, Kind, Tier
-
-STATES = (Kind.MASTER, Kind.EXP_AVG, Kind.EXP_AVG_SQ)
+from tierflow.scheduler.units import STATES, Unit
+from tierflow.swap import Kind, Tier
 
 
 @dataclass(frozen=True)
@@ -27,6 +25,10 @@ class Homes:
     def of(self, unit: Unit, kind: Kind) -> Tier:
         """Where the kind lives (what is in front of it apart)."""
         return self.tiers[unit.index, kind]
+
+    def of_states(self, unit: Unit) -> Tier | None:
+        """Where the optimizer states live (what is in front of them apart); None for a unit that has none."""
+        return next((self.of(unit, chunk.kind) for chunk in unit.states), None)
 
     def streamed(self, units: list[Unit]) -> list[Unit]:
         """Units whose weights come and go."""
@@ -44,7 +46,7 @@ class Homes:
             for kind, chunk in unit.chunks.items():
                 count(self.of(unit, kind), kind, chunk.nbytes)
                 if kind in STATES:
-                    count(Tier.HOST, kind, self.front.get(unit.index, 0) * chunk.itemsize)
+                    count(Tier.HOST, kind, chunk.bytes_of(self.front.get(unit.index, 0)))
         return table
 
 
@@ -78,16 +80,15 @@ def _fill_host(homes: Homes, units: list[Unit], placement: Placement, caps: Caps
             homes.tiers[unit.index, Kind.PARAM] = Tier.HOST
     cut: Unit | None = None
     for unit in units:
-        states = [k for k in STATES if k in unit.chunks and homes.tiers[unit.index, k] is Tier.NVME]
-        if not states:
+        if homes.of_states(unit) is not Tier.NVME:
             continue
-        if sum(unit.chunks[k].nbytes for k in states) <= room():
-            homes.tiers.update({(unit.index, k): Tier.HOST for k in states})
+        if sum(chunk.nbytes for chunk in unit.states) <= room():
+            homes.tiers.update({(unit.index, chunk.kind): Tier.HOST for chunk in unit.states})
         elif cut is None:
             cut = unit
     if cut is not None:
-        per_element = sum(cut.chunks[k].itemsize for k in STATES if k in cut.chunks)
-        homes.front[cut.index] = max(room(), 0) // per_element // IO_BYTES * IO_BYTES
+        grains = max(room(), 0) // sum(chunk.bytes_of(cut.grain) for chunk in cut.states)
+        homes.front[cut.index] = grains * cut.grain
 
 
 def needs_of(homes: Homes, units: list[Unit], placement: Placement, together: Together) -> Needs:
@@ -101,8 +102,7 @@ def needs_of(homes: Homes, units: list[Unit], placement: Placement, together: To
 def _stages(homes: Homes, unit: Unit, placement: Placement) -> bool:
     """Whether the update brings anything of the unit to HOST."""
     out_of_reach = homes.of(unit, Kind.PARAM) is Tier.DEVICE and not placement.device_is_host
-    on_nvme = Tier.NVME in (homes.of(unit, k) for k in STATES if k in unit.chunks)
-    return on_nvme or (out_of_reach and placement.optimizer is not Tier.DEVICE)
+    return homes.of_states(unit) is Tier.NVME or (out_of_reach and placement.optimizer is not Tier.DEVICE)
 
 
 def _stay(homes: Homes, units: list[Unit], tier: Tier) -> int:

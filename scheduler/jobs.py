@@ -10,10 +10,8 @@ import torch
 
 from tierflow.scheduler.gradients import GradSlot
 from tierflow.scheduler.rules import Rule
-from tierflow.scheduler.units import Unit
+from tierflow.scheduler.units import STATES, Slot, Unit
 from tierflow.swap import Chunk, Kind, Lease, Ticket, Tier
-
-STATE_KINDS = (Kind.PARAM, Kind.MASTER, Kind.EXP_AVG, Kind.EXP_AVG_SQ)
 
 Entry = tuple[GradSlot, Rule]
 
@@ -68,12 +66,12 @@ class Piece:
     fills: list[Ticket] = field(default_factory=list)  # to a device, where the compute waits for them
 
 
-def segments(job: Job, begin: int, end: int) -> Iterator[tuple[int, int, int, GradSlot, Rule]]:
-    """The parameters with a gradient that meet elements [begin, end): (low, high, slot offset, gradient, rule)."""
+def segments(job: Job, begin: int, end: int) -> Iterator[tuple[int, int, Slot, GradSlot, Rule]]:
+    """The parameters with a gradient that meet elements [begin, end): (low, high, slot, gradient, rule)."""
     for slot, entry in zip(job.unit.slots, job.entries, strict=True):
         low, high = max(begin, slot.offset), min(end, slot.offset + slot.numel)
         if entry is not None and low < high:
-            yield low, high, slot.offset, entry[0], entry[1]
+            yield low, high, slot, entry[0], entry[1]
 
 
 def spans(job: Job, step: int, front: int = 0, every: bool = False) -> list[tuple[int, int]]:
@@ -89,4 +87,4 @@ def spans(job: Job, step: int, front: int = 0, every: bool = False) -> list[tupl
 
 def kinds(unit: Unit) -> dict[Kind, Chunk]:
     """What the update reads and writes of the unit, its gradient not included."""
-    return {kind: unit.chunks[kind] for kind in STATE_KINDS if kind in unit.chunks}
+    return {kind: unit.chunks[kind] for kind in (Kind.PARAM, *STATES) if kind in unit.chunks}

@@ -6,16 +6,20 @@ All figures are bytes. Everything here is arithmetic over sizes: no tensor is ma
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from fractions import Fraction
+from math import ceil
 
 import torch
 
+from tierflow.cpu_adam.formats import KindLayout, StateFormat, resolve
+from tierflow.cpu_adam.rules import ADAM, Rule
 from tierflow.scheduler.units import Unit
 from tierflow.swap import IO_BYTES, Kind, Tier
 
 
 @dataclass(frozen=True)
 class Placement:
-    """The tier in which each kind lives, and the state format ("fp32" or "lossless")."""
+    """The tier in which each kind lives, the state format (one of `cpu_adam.formats.FORMATS`) and the update rule."""
 
     param: Tier
     optimizer: Tier
@@ -23,6 +27,7 @@ class Placement:
     grad_dtype: torch.dtype | None = None  # None: each parameter's own
     device_is_host: bool = True  # no accelerator: the kernels work on DEVICE memory too
     direct: bool = True  # files are read into DEVICE memory itself
+    rule: Rule = ADAM
 
     @property
     def grad(self) -> Tier:
@@ -36,22 +41,26 @@ class Placement:
         return self.grad if kind is Kind.GRAD else self.optimizer
 
 
-def kinds_of(unit: Unit, placement: Placement) -> dict[Kind, int]:
-    """Bytes per element of every kind that the unit has under the placement's format."""
-    size = unit.dtype.itemsize
-    kinds = {Kind.PARAM: size}
+def kinds_of(unit: Unit, placement: Placement) -> dict[Kind, KindLayout]:
+    """Every kind that the unit has under the placement's format and rule, and what its bytes are."""
+    weights = {Kind.PARAM: KindLayout(Kind.PARAM.value, unit.dtype)}
     if not unit.trainable:
-        return kinds
+        return weights
     if unit.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(
             f"parameter {unit.slots[0].names[0]!r} is {str(unit.dtype)[6:]}: float32, bfloat16 and float16 can be trained; "
             "convert it, or freeze it with requires_grad_(False)"
         )
-    kinds[Kind.GRAD] = (placement.grad_dtype or unit.dtype).itemsize
-    if unit.dtype != torch.float32:
-        lossless = placement.state_format == "lossless" and unit.dtype == torch.bfloat16
-        kinds[Kind.MASTER] = 2 if lossless else 4
-    return kinds | {Kind.EXP_AVG: 4, Kind.EXP_AVG_SQ: 4}
+    grad = KindLayout(Kind.GRAD.value, placement.grad_dtype or unit.dtype)
+    states = {Kind(layout.name): layout for layout in format_of(unit, placement).kinds(placement.rule)[1:]}
+    return weights | {Kind.GRAD: grad} | states
+
+
+def format_of(unit: Unit, placement: Placement) -> StateFormat:
+    """The format of a unit's states. Raises ValueError for one that does not serve its dtype."""
+    # of a model of several dtypes, "lossless" is what serves its bf16 parameters
+    exact = unit.exact or placement.state_format == "lossless"
+    return resolve("auto" if exact else placement.state_format, unit.dtype)
 
 
 @dataclass(frozen=True)
@@ -72,14 +81,15 @@ class Caps:
 class Needs:
     """Working memory in bytes: the least that any order of use runs with, and what lets it run without waiting.
 
-    ``staged``: bytes per element that an update stages in HOST.
+    ``staged``: bytes per element that an update stages in HOST. ``grain``: elements of its smallest piece.
     """
 
     device_min: int
     device_good: int
     host_min: int
     host_good: int
-    staged: int
+    staged: Fraction
+    grain: int
 
 
 #: Fetches that may be under way ahead of use, and how many of them are to find room before any weights live on DEVICE.
@@ -117,22 +127,28 @@ def working_needs(
     least = most(together.pinned)
     ahead = sum(sorted(coming.values())[-BUFFERS:])
     landing = [0] if placement.direct else sorted(u.chunk.nbytes for u in from_nvme)
-    per_element = max((_staged_bytes(u) for u in staged), default=0)
-    largest = max((u.chunk.numel for u in staged), default=0)
-    host_least = max(max(landing, default=0), 2 * IO_BYTES * per_element)
-    pieces = min(PIECES * PIECE_ELEMENTS, len(staged) * largest) * per_element
+    grain = max((u.grain for u in staged), default=IO_BYTES)
+    # norms and biases, exact beside matrices in a lossy format, go in one piece each: they do not set the others' size
+    cut = [u for u in staged if u.chunk.numel > grain] or staged
+    per_element = max((staged_bytes(u) for u in cut), default=Fraction(0))
+    largest = max((u.chunk.numel for u in cut), default=0)
+    smallest = max((staged_bytes(u) * min(max(u.chunk.numel, u.grain), grain) for u in staged), default=0)
+    host_least = max(max(landing, default=0), 2 * ceil(smallest))
+    pieces = ceil(min(PIECES * PIECE_ELEMENTS, len(cut) * largest) * per_element)
     return Needs(
         least,
         min(max(least, most(together.blocks)) + ahead, sum(coming.values())),
         host_least,
         max(host_least, sum(landing[-BUFFERS:]) + pieces),
         per_element,
+        grain,
     )
 
 
-def _staged_bytes(unit: Unit) -> int:
+def staged_bytes(unit: Unit) -> Fraction:
     """Bytes per element that an update stages at most."""
-    return sum(c.itemsize for k, c in unit.chunks.items() if k is not Kind.GRAD)
+    kinds = (layout for kind, layout in unit.layouts.items() if kind is not Kind.GRAD)
+    return sum((layout.bytes_per_element for layout in kinds), Fraction(0))
 
 
 class DoesNotFit(ValueError):

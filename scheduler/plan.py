@@ -5,11 +5,15 @@ All figures are bytes. Everything here is arithmetic over sizes: no tensor is ma
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fractions import Fraction
 
+import torch
+
+from tierflow.cpu_adam.formats import resolve
 from tierflow.scheduler.homes import Homes, choose_homes, needs_of
 from tierflow.scheduler.placement import BUFFERS, PIECE_ELEMENTS, PIECES, Caps, DoesNotFit, Placement, Together
-from tierflow.scheduler.units import Unit
+from tierflow.scheduler.units import STATES, Unit
 from tierflow.swap import IO_BYTES, Chunk, Kind, Tier
 
 #: Endurance that the table relates the writes to: a common consumer drive's rating.
@@ -32,6 +36,26 @@ class MemoryPlan:
     spare: int = 0  # second slots on NVMe, for updates that may be undone
     nvme_read: int = 0
     nvme_written: int = 0
+    grain: int = IO_BYTES  # a piece is so many elements, or a multiple
+    states: dict[Kind, int] = field(default_factory=dict)  # bytes of optimizer state, wherever they live
+    trained: int = 0  # parameters that have some
+
+    @property
+    def format_text(self) -> str:
+        """The state format, and its bytes as they are in this model, padding included."""
+        total = sum(self.states.values())
+        each = total / self.trained if self.trained else 0.0
+        lossy = ", lossy: norms, biases and small parameters stay exact" if self.lossy else ""
+        parts = " + ".join(f"{kind.value} {n:,}" for kind, n in self.states.items())
+        return (
+            f"{self.placement.state_format} states of {self.placement.rule.name}{lossy}: {total:,} bytes beside the weights "
+            f"({parts}), {each:.3f} a parameter"
+        )
+
+    @property
+    def lossy(self) -> bool:
+        """Whether the numbers are other than those of fp32 states."""
+        return resolve(self.placement.state_format, torch.bfloat16).lossy  # which a name says, whatever the dtype
 
     def resident_bytes(self, tier: Tier) -> int:
         """Bytes that stay in the tier for good."""
@@ -55,7 +79,7 @@ class MemoryPlan:
 
 def second_slots(unit: Unit, homes: Homes) -> list[Chunk]:
     """What an update of the unit overwrites, if it may run in the backward: its states are on NVMe, all of them."""
-    on_nvme = unit.trainable and homes.of(unit, Kind.EXP_AVG) is Tier.NVME and not homes.front.get(unit.index)
+    on_nvme = homes.of_states(unit) is Tier.NVME and not homes.front.get(unit.index)
     return [chunk for kind, chunk in unit.chunks.items() if kind is not Kind.GRAD] if on_nvme else []
 
 
@@ -77,10 +101,13 @@ def make_plan(
     useful = {Tier.DEVICE: sum(u.chunk.nbytes for u in homes.streamed(units)), Tier.HOST: needs.host_good}
     room = {t: caps.of(t) - stay[t] for t in Tier}
     working = {t: max(least[t], min(_below(room[t]), _whole(useful[t]))) for t in (Tier.DEVICE, Tier.HOST)}
-    piece, depth = _pieces(working[Tier.HOST], needs.staged)
+    piece, depth = _pieces(working[Tier.HOST], needs.staged, needs.grain)
+    states = {kind: sum(c.nbytes for u in units for c in u.states if c.kind is kind) for kind in STATES}
     plan = MemoryPlan(
         placement, homes, caps, table, working, least, piece, depth,
-        sum(s.numel for u in units for s in u.slots), spare,
+        sum(s.numel for u in units for s in u.slots), spare, grain=needs.grain,
+        states={kind: total for kind, total in states.items() if total},
+        trained=sum(s.numel for u in units if u.trainable for s in u.slots),
     )  # fmt: skip
     short = {t: stay[t] + least[t] for t in Tier if stay[t] + least[t] > caps.of(t)}
     over = {t: plan.total(t) for t, have in caps.machine.items() if plan.total(t) > have}
@@ -97,16 +124,16 @@ def _below(nbytes: int) -> int:
     return max(nbytes, 0) // IO_BYTES * IO_BYTES
 
 
-def _pieces(working: int, per_element: int) -> tuple[int, int]:
-    """(elements of a piece, pieces in flight) that fit the host working pool."""
+def _pieces(working: int, per_element: Fraction, grain: int) -> tuple[int, int]:
+    """(elements of a piece, pieces in flight) that fit the host working pool; a piece is a multiple of ``grain``."""
     if not per_element:
         return PIECE_ELEMENTS, PIECES
     for least in (4, 2):
-        fit = working // (least * per_element) // IO_BYTES * IO_BYTES
+        fit = int(working // (least * per_element)) // grain * grain
         if fit >= 1 << 18:
             break
-    piece = min(max(fit, IO_BYTES), PIECE_ELEMENTS)
-    return piece, max(working // (piece * per_element), 2)
+    piece = min(max(fit, grain), PIECE_ELEMENTS)
+    return piece, max(int(working // (piece * per_element)), 2)
 
 
 def _explain(plan: MemoryPlan, short: dict[Tier, int], over: dict[Tier, int]) -> str:
@@ -129,8 +156,8 @@ def _explain(plan: MemoryPlan, short: dict[Tier, int], over: dict[Tier, int]) ->
 
 def _slower(plan: MemoryPlan, tier: Tier) -> str:
     """The remedy of moving what lives in the tier for good, where something does that can move."""
-    movable = {Kind.PARAM: "offload_param", Kind.EXP_AVG: "offload_optimizer"}
-    blocks = [block for kind, block in movable.items() if plan.resident.get((tier, kind))]
+    movable = {"offload_param": (Kind.PARAM,), "offload_optimizer": STATES}
+    blocks = [block for block, kinds in movable.items() if any(plan.resident.get((tier, kind)) for kind in kinds)]
     if tier is Tier.NVME or not blocks:
         return ""
     target = '"cpu" or "nvme"' if tier is Tier.DEVICE else '"nvme"'
@@ -159,6 +186,8 @@ def table_text(plan: MemoryPlan) -> str:
         have = plan.caps.machine.get(tier)
         free = "" if have is None else f", free on this machine {have:,}"
         lines.append(f"{tier.name:8}{'total':36}{plan.total(tier):>18,}  cap {plan.caps.of(tier):,}{free}")
+    if plan.states:
+        lines.append(plan.format_text)
     if plan.nvme_written:
         lines.append(f"NVMe per step: {plan.nvme_read:,} bytes read, {plan.nvme_written:,} bytes written")
         lines.append(f"{plan.steps_to_tbw:,.0f} steps to 600 TBW")

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from tierflow.scheduler.floor import ACCELERATOR, DRIVE, PROCESSOR, Floor, Work, floor
 from tierflow.scheduler.plan import MemoryPlan
 from tierflow.scheduler.rates import Bandwidths
+from tierflow.scheduler.units import STATES
 from tierflow.swap import Kind, Lane, Lanes, Tier
 
 #: A step this close to its floor is bound by that resource; above it, by what it waits for.
 CLOSE = 1.15
-_STATES = (Kind.MASTER, Kind.EXP_AVG, Kind.EXP_AVG_SQ)
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def advise(lanes: Lanes, found: Floor, plan: MemoryPlan) -> str:
 
 
 def _about_the_drive(lanes: Lanes, found: Floor, plan: MemoryPlan) -> str:
-    states = sum(n for (tier, kind), n in plan.resident.items() if tier is Tier.NVME and kind in _STATES)
+    states = sum(n for (tier, kind), n in plan.resident.items() if tier is Tier.NVME and kind in STATES)
     need = states or plan.resident.get((Tier.NVME, Kind.PARAM), 0)
     what = "optimizer states" if states else "weights"
     spare = plan.caps.machine.get(Tier.HOST, 0) - plan.total(Tier.HOST)

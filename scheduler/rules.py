@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tierflow.cpu_adam.rules import Hyper
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -19,3 +21,8 @@ class Rule:
     maximize: bool
     unscale: float
     clip: float
+
+    @property
+    def hyper(self) -> Hyper:
+        """As the kernels take them."""
+        return Hyper(self.step, self.lr, self.beta1, self.beta2, self.eps, self.weight_decay, self.decoupled)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tierflow.scheduler.homes import STATES
 from tierflow.scheduler.lookahead import LookAhead
 from tierflow.scheduler.plan import MemoryPlan
 from tierflow.scheduler.trace import Trace
 from tierflow.scheduler.traffic import Cache, Use
-from tierflow.scheduler.units import Unit
+from tierflow.scheduler.units import STATES, Unit
 from tierflow.swap import Kind, Tier
 
 
@@ -49,4 +48,4 @@ def _on_nvme(plan: MemoryPlan, unit: Unit, kind: Kind) -> int:
     chunk = unit.chunks.get(kind)
     if chunk is None or plan.homes.of(unit, kind) is not Tier.NVME:
         return 0
-    return chunk.nbytes - (plan.homes.front.get(unit.index, 0) * chunk.itemsize if kind is not Kind.PARAM else 0)
+    return chunk.nbytes - (chunk.bytes_of(plan.homes.front.get(unit.index, 0)) if kind is not Kind.PARAM else 0)

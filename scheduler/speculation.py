@@ -61,8 +61,7 @@ class Speculation:
         self._on_attempt = on_attempt  # the unit's weights are no longer those that count
 
     def _suits(self, unit: Unit) -> bool:
-        chunk = unit.chunks.get(Kind.EXP_AVG)
-        return chunk is not None and self._queue.stager.manager.has_spare(chunk)
+        return any(self._queue.stager.manager.has_spare(chunk) for chunk in unit.states)
 
     # ---- in the backward
 

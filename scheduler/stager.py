@@ -8,9 +8,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from tierflow.cpu_adam import kernels, reference
+from tierflow.cpu_adam.rules import ADAM
+from tierflow.cpu_adam.rules import Rule as UpdateRule
+from tierflow.scheduler.gradients import GradSlot
 from tierflow.scheduler.idle import IdleGradients
 from tierflow.scheduler.jobs import Job, Piece, kinds, segments
-from tierflow.scheduler.units import Unit
+from tierflow.scheduler.rules import Rule
+from tierflow.scheduler.units import Slot, Unit
 from tierflow.swap import Chunk, Kind, Lane, Manager, Ticket, Tier
 from tierflow.swap.lanes import finish
 from tierflow.swap.manager import Victims
@@ -24,12 +28,14 @@ class Stager:
     """Moves pieces; decides nothing.
 
     ``on_device``: whether the kernels can work on DEVICE memory (always so without an accelerator). ``worker``: kernels
-    run on a thread of their own, so that the caller goes on giving work to the accelerator meanwhile. ``idle``: memory that
-    serves for staging beside the working pool's.
+    run on a thread of their own, so that the caller goes on giving work to the accelerator meanwhile. ``rule``: of the
+    update. ``idle``: memory that serves for staging beside the working pool's.
     """
 
-    def __init__(self, manager: Manager, on_device: bool, worker: bool, idle: IdleGradients | None = None):
-        self.manager, self.on_device = manager, on_device
+    def __init__(
+        self, manager: Manager, on_device: bool, worker: bool, rule: UpdateRule = ADAM, idle: IdleGradients | None = None
+    ):  # fmt: skip
+        self.manager, self.on_device, self._rule = manager, on_device, rule
         self.idle = idle or IdleGradients()
         self.kernel_seconds = 0.0
         self._timeline = manager.timeline
@@ -46,15 +52,13 @@ class Stager:
 
     def front(self, unit: Unit) -> int:
         """Elements of the unit's states that live in HOST ahead of the rest."""
-        chunk = unit.chunks[Kind.EXP_AVG]
+        chunk = unit.states[0]
         found = self.manager.front(chunk)
-        return 0 if found is None else found.numel() // chunk.itemsize
+        return 0 if found is None else found.numel() // chunk.itemsize * chunk.group
 
     def streams(self, unit: Unit) -> bool:
         """Whether the unit has states on NVMe."""
-        return unit.trainable and any(
-            self.manager.home(c) is Tier.NVME for k, c in kinds(unit).items() if k is not Kind.PARAM
-        )
+        return any(self.manager.home(chunk) is Tier.NVME for chunk in unit.states)
 
     def where(self, job: Job, begin: int = -1) -> dict[Kind, Tier | None]:
         """Per kind: the tier in which its bytes from element ``begin`` on are updated in place, None where staged."""
@@ -64,10 +68,9 @@ class Stager:
 
     def needs(self, piece: Piece) -> int:
         """Bytes of staging memory."""
-        chunks = kinds(piece.job.unit)
-        staged = sum(chunks[k].itemsize for k, t in self.where(piece.job, piece.begin).items() if t is None)
-        kept = sum(chunks[k].itemsize for k in self._kept(piece.job))
-        return (staged + kept) * (piece.end - piece.begin)
+        chunks, elements = kinds(piece.job.unit), piece.end - piece.begin
+        staged = [k for k, tier in self.where(piece.job, piece.begin).items() if tier is None]
+        return sum(chunks[k].bytes_of(elements) for k in (*staged, *self._kept(piece.job)))
 
     def _kept(self, job: Job) -> list[Kind]:
         """Kinds whose old values are in no other place while they are overwritten."""
@@ -89,19 +92,19 @@ class Stager:
             chunk = unit.chunks[kind]
             if tier is not None:
                 if kind is not Kind.PARAM:
-                    piece.tensors[kind] = self.flat(unit, kind, tier)[piece.begin : piece.end]
+                    piece.tensors[kind] = _part(unit, kind, self.flat(unit, kind, tier), piece.begin, piece.end)
                 continue
             assert piece.scratch is not None
-            nbytes, at = chunk.itemsize * (piece.end - piece.begin), chunk.itemsize * piece.begin
+            nbytes, at = chunk.bytes_of(piece.end - piece.begin), chunk.bytes_of(piece.begin)
             data = piece.scratch.bytes()[offset : offset + nbytes]
             offset += nbytes
-            piece.tensors[kind] = data.view(dtype_of(unit, kind))
+            piece.tensors[kind] = data.view(unit.layouts[kind].dtype)
             piece.staged.append(kind)
             piece.reads.append(self._bring(chunk, data, at))
         for kind in self._kept(piece.job):
             assert piece.scratch is not None
-            nbytes = unit.chunks[kind].itemsize * (piece.end - piece.begin)
-            piece.before[kind] = piece.scratch.bytes()[offset : offset + nbytes].view(dtype_of(unit, kind))
+            nbytes = unit.chunks[kind].bytes_of(piece.end - piece.begin)
+            piece.before[kind] = piece.scratch.bytes()[offset : offset + nbytes].view(unit.layouts[kind].dtype)
             offset += nbytes
 
     def _bring(self, chunk: Chunk, data: torch.Tensor, at: int) -> Ticket:
@@ -131,31 +134,40 @@ class Stager:
         began, stamp = time.perf_counter(), None if on_host else self.manager.lane.stamp()
         for kind, before in piece.before.items():
             before.copy_(piece.tensors[kind])
-        for low, high, offset, grad, rule in segments(piece.job, piece.begin, piece.end):
-            part = {k: t[low - piece.begin : high - piece.begin] for k, t in piece.tensors.items()}
-            memory = grad.memory.view(-1)[low - offset : high - offset]
-            on_host = memory.device.type == "cpu"
-            step = kernels.adam_step if on_host else reference.adam_step
-            size = max(high - low, 1) if on_host else _DEVICE_ELEMENTS
-            for at in range(0, high - low, size):
-                here = {k: t[at : at + size] for k, t in part.items()}
-                step(
-                    here[Kind.PARAM], memory[at : at + size], here[Kind.EXP_AVG], here[Kind.EXP_AVG_SQ],
-                    master=here.get(Kind.MASTER), step=rule.step, lr=rule.lr, beta1=rule.beta1, beta2=rule.beta2,
-                    eps=rule.eps, weight_decay=rule.weight_decay, decoupled=rule.decoupled,
-                    maximize=rule.maximize, unscale=rule.unscale, clip=rule.clip,
-                )  # fmt: skip
+        for segment in segments(piece.job, piece.begin, piece.end):
+            self._update(piece, *segment)
         self.kernel_seconds += time.perf_counter() - began
         work = Inline(began) if stamp is None else self.manager.lane.stretch(stamp)
         nbytes = sum(t.nbytes for t in piece.tensors.values())
         self._timeline.follow(Lane.UPDATE, f"{piece.job.unit.label} update", work, nbytes)
+
+    def _update(self, piece: Piece, begin: int, end: int, slot: Slot, grad: GradSlot, rule: Rule) -> None:
+        """Elements [begin, end) of the unit, which are one parameter's.
+
+        [Note: rounding by chance] The kernels draw for each element from a seed, the step and its place. Seed and place are
+        the parameter's own, its number in the model and the element in it; so the bits do not depend on how the model is
+        cut into units and these into pieces, which follows from the caps.
+        """
+        unit, memory = piece.job.unit, grad.memory.view(-1)
+        on_host = memory.device.type == "cpu"
+        step = kernels.rule_step if on_host else reference.rule_step
+        size = end - begin if on_host else _DEVICE_ELEMENTS
+        for low in range(begin, end, size):
+            high = min(low + size, end)
+            here = {k: _part(unit, k, t, low - piece.begin, high - piece.begin) for k, t in piece.tensors.items()}
+            step(
+                self._rule, here[Kind.PARAM], memory[low - slot.offset : high - slot.offset],
+                {name: here[Kind(name)] for name in self._rule.moments}, hyper=rule.hyper, master=here.get(Kind.MASTER),
+                scale=here.get(Kind.SCALE), maximize=rule.maximize, unscale=rule.unscale, clip=rule.clip,
+                seed=slot.order, index=low - slot.offset,
+            )  # fmt: skip
 
     def write(self, piece: Piece) -> None:
         """Starts writing what changed to the homes that are not where it was computed."""
         manager, spare, held = self.manager, piece.job.speculative, piece.job.held
         for kind, data in piece.tensors.items():
             chunk = piece.job.unit.chunks[kind]
-            at = chunk.itemsize * piece.begin
+            at = chunk.bytes_of(piece.begin)
             if kind in piece.before:
                 piece.writes.append(manager.write(chunk, piece.before[kind].view(torch.uint8), at, spare))
             if manager.home(chunk) is Tier.NVME and kind is Kind.PARAM:  # others' weights wait for the held copy's room
@@ -184,7 +196,7 @@ class Stager:
         chunk, manager = job.unit.chunks[kind], self.manager
         home = manager.memory(chunk, manager.home(chunk)).bytes()
         for span in job.cut:
-            begin, end = (n * chunk.itemsize for n in span)
+            begin, end = (chunk.bytes_of(n) for n in span)
             lease = manager.scratch(Tier.HOST, end - begin, victims)
             try:
                 data = lease.bytes()[: end - begin]
@@ -199,7 +211,7 @@ class Stager:
         chunk = unit.chunks[kind]
         front = self.manager.front(chunk)
         data = self.manager.memory(chunk, tier).bytes()[: chunk.nbytes] if front is None else front
-        return data.view(dtype_of(unit, kind))
+        return data.view(unit.layouts[kind].dtype)
 
     def close(self) -> None:
         """Ends the kernels' thread."""
@@ -207,8 +219,7 @@ class Stager:
             self._worker.shutdown()
 
 
-def dtype_of(unit: Unit, kind: Kind) -> torch.dtype:
-    """What a kind's bytes are."""
-    if kind is Kind.MASTER:
-        return torch.int16 if unit.chunks[kind].itemsize == 2 else torch.float32
-    return unit.dtype if kind is Kind.PARAM else torch.float32
+def _part(unit: Unit, kind: Kind, values: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+    """What serves elements [begin, end) of ``values``; both at a group's beginning, or the second at the end of the last."""
+    layout = unit.layouts[kind]
+    return values[layout.numel(begin) : layout.numel(end)]

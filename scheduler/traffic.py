@@ -29,7 +29,7 @@ def estimate(
         if not unit.trainable:
             continue
         front = plan.homes.front.get(unit.index, 0)
-        states = sum(c.nbytes - front * c.itemsize for k, c in on_nvme.items() if k is not Kind.PARAM)
+        states = sum(c.nbytes - c.bytes_of(front) for k, c in on_nvme.items() if k is not Kind.PARAM)
         weights = unit.chunk.nbytes if unit.index in streamed else 0
         read += states + (weights if immediate and unit.index not in left else 0)
         written += states + weights

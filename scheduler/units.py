@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import lcm
 
 import torch
 from torch import nn
 
+from tierflow.cpu_adam.formats import KindLayout
 from tierflow.swap import ALIGN_BYTES, IO_BYTES, Chunk, Kind
 
-#: In elements, so that all kinds of a unit share one layout; for dtypes of 2 bytes and more.
+#: In elements, so that all kinds of a unit share one layout; for dtypes of 2 bytes and more. It is whole groups of the
+#: 8-bit formats (64): no group reaches into the next parameter, and a parameter's state does not depend on its neighbours.
 _PARAM_ALIGN = ALIGN_BYTES // 2
 _UNIT_ALIGN = IO_BYTES // 2
+
+#: What an update reads and writes beside the working weights, as far as the format and the rule have it.
+STATES = (Kind.MASTER, Kind.EXP_AVG, Kind.EXP_AVG_SQ, Kind.SCALE)
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,11 @@ class Slot:
 
 @dataclass(eq=False)
 class Unit:
-    """Parameters of one dtype and one trainability that move together. ``numel`` includes padding."""
+    """Parameters of one dtype, one trainability and one state format that move together. ``numel`` includes padding.
+
+    ``exact``: they keep exact states in a lossy format too (`StateFormat.keeps_fp32`). ``layouts``: what each kind's bytes
+    are. ``grain``: in elements, of where the unit may be cut, so that a piece of every kind is whole I/O blocks.
+    """
 
     index: int
     name: str
@@ -37,7 +47,10 @@ class Unit:
     slots: list[Slot]
     params: list[nn.Parameter] = field(repr=False)
     numel: int = 0
+    exact: bool = False
     chunks: dict[Kind, Chunk] = field(default_factory=dict, repr=False)
+    layouts: Mapping[Kind, KindLayout] = field(default_factory=dict, repr=False)
+    grain: int = IO_BYTES
 
     @property
     def label(self) -> str:
@@ -49,6 +62,11 @@ class Unit:
         """The working weights."""
         return self.chunks[Kind.PARAM]
 
+    @property
+    def states(self) -> list[Chunk]:
+        """What an update needs beside the weights and their gradient. They share a home; none without training."""
+        return [self.chunks[kind] for kind in STATES if kind in self.chunks]
+
 
 @dataclass(frozen=True)
 class ShardGeometry:
@@ -57,14 +75,10 @@ class ShardGeometry:
     rank: int = 0
     world: int = 1
 
-    def padded(self, numel: int, itemsize: int = 2) -> int:
-        """Elements of the whole buffer after padding, so that every kind's shard is a multiple of IO_BYTES."""
-        grain = _UNIT_ALIGN * self.world * (2 if itemsize == 1 else 1)
+    def padded(self, numel: int, grain: int = _UNIT_ALIGN) -> int:
+        """Elements of the whole buffer after padding, so that every rank's shard is a multiple of ``grain``."""
+        grain *= self.world
         return -(-max(numel, 1) // grain) * grain
-
-    def shard(self, numel: int) -> int:
-        """Elements of one rank's shard."""
-        return self.padded(numel) // self.world
 
 
 def module_units(model: nn.Module, units: list[Unit]) -> dict[nn.Module, list[Unit]]:
@@ -111,12 +125,15 @@ def units_of_blocks(model: nn.Module, units: list[Unit]) -> list[list[Unit]]:
     return [list(dict.fromkeys(by_param[id(p)] for p in b.parameters() if id(p) in by_param)) for b in blocks]
 
 
-def partition(model: nn.Module, max_bytes: int | None = None) -> list[Unit]:
+def partition(
+    model: nn.Module, max_bytes: int | None = None, keeps_fp32: Callable[[Sequence[int]], bool] = lambda shape: False
+) -> list[Unit]:
     """Cuts the model into units in module order.
 
     An element of an ``nn.ModuleList`` or ``nn.Sequential`` is one unit with all its children if it has at most
     ``max_bytes``; otherwise, and outside such lists, each module's own parameters are one. Mixed dtypes and
-    frozen beside trainable parameters are units of their own. A shared parameter belongs to its first module.
+    frozen beside trainable parameters are units of their own, and so are trainable parameters of a shape that
+    ``keeps_fp32`` beside others. A shared parameter belongs to its first module.
     """
     names: dict[int, list[str]] = {}
     order: dict[int, int] = {}
@@ -134,11 +151,14 @@ def partition(model: nn.Module, max_bytes: int | None = None) -> list[Unit]:
     for path, params in _owners(model, "", False, max_bytes):
         fresh = [p for p in dict.fromkeys(params) if id(p) not in taken]
         taken.update(id(p) for p in fresh)
-        keys = dict.fromkeys((p.dtype, p.requires_grad) for p in fresh)
-        for i, (dtype, trainable) in enumerate(keys):
-            group = [p for p in fresh if (p.dtype, p.requires_grad) == (dtype, trainable)]
-            label = path if i == 0 else f"{path}/{'' if trainable else 'frozen-'}{str(dtype)[6:]}"
-            units.append(_unit(len(units), label, dtype, trainable, group, names, order))
+        groups: dict[tuple[torch.dtype, bool, bool], list[nn.Parameter]] = {}
+        for p in fresh:
+            groups.setdefault((p.dtype, p.requires_grad, p.requires_grad and keeps_fp32(p.shape)), []).append(p)
+        for i, ((dtype, trainable, exact), group) in enumerate(groups.items()):
+            what = f"{'' if trainable else 'frozen-'}{str(dtype)[6:]}{'-exact' if exact else ''}"
+            unit = _unit(len(units), path if i == 0 else f"{path}/{what}", dtype, trainable, group, names, order)
+            unit.exact = exact
+            units.append(unit)
     return units
 
 
@@ -175,12 +195,21 @@ def _unit(
     return Unit(index, label, dtype, trainable, slots, params, offset)
 
 
-def make_chunks(units: list[Unit], kinds: dict[int, dict[Kind, int]], geometry: ShardGeometry) -> None:
-    """Gives each unit its chunks: ``kinds[unit.index]`` maps a kind to its bytes per element."""
+def make_chunks(units: list[Unit], layouts: dict[int, dict[Kind, KindLayout]], geometry: ShardGeometry) -> None:
+    """Gives each unit its chunks: ``layouts[unit.index]`` says what each of its kinds is."""
     ids = 0
     for unit in units:
-        unit.numel = geometry.padded(unit.numel, unit.dtype.itemsize)
-        for kind, itemsize in kinds[unit.index].items():
-            shard = geometry.shard(unit.numel)
-            unit.chunks[kind] = Chunk(ids, unit.index, kind, itemsize, shard, geometry.rank, geometry.world)
+        unit.layouts = layouts[unit.index]
+        block = _io_elements(unit.layouts.values())
+        unit.numel = geometry.padded(unit.numel, lcm(_UNIT_ALIGN, block))
+        unit.grain = lcm(IO_BYTES, block)
+        for kind, layout in unit.layouts.items():
+            size = layout.per_group * layout.dtype.itemsize
+            shard = unit.numel // geometry.world
+            unit.chunks[kind] = Chunk(ids, unit.index, kind, size, shard, geometry.rank, geometry.world, layout.group)
             ids += 1
+
+
+def _io_elements(layouts: Iterable[KindLayout]) -> int:
+    """The fewest elements whose bytes are whole I/O blocks in every kind."""
+    return lcm(*((IO_BYTES / layout.bytes_per_element).numerator for layout in layouts))

@@ -325,7 +325,7 @@ class UpdateQueue:
         if sum(not piece.borrowed for piece in pieces) + foreseen < self.depth:
             return True
         elements = min(self.piece_elements, unit.chunk.numel)
-        return self.stager.idle.offers(elements * sum(chunk.itemsize for chunk in kinds(unit).values()))
+        return self.stager.idle.offers(sum(chunk.bytes_of(elements) for chunk in kinds(unit).values()))
 
     def _begin_job(self, job: Job, must: bool) -> bool:
         manager, chunk = self._manager, job.unit.chunk

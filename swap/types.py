@@ -23,7 +23,8 @@ class Tier(enum.Enum):
 
 
 class Kind(enum.Enum):
-    """What a chunk holds. MASTER is what PARAM lacks of fp32 (absent when PARAM is fp32)."""
+    """What a chunk holds. MASTER is what PARAM lacks of fp32 (absent when PARAM is fp32), SCALE what 8-bit moments are in
+    units of; which of these and of the moments there are is the state format's and the update rule's."""
 
     __hash__ = object.__hash__  # members are what they are: the inherited one hashes their name, in Python
 
@@ -32,6 +33,7 @@ class Kind(enum.Enum):
     MASTER = "master"
     EXP_AVG = "exp_avg"
     EXP_AVG_SQ = "exp_avg_sq"
+    SCALE = "scale"
 
 
 class CopyState(enum.Enum):
@@ -49,8 +51,8 @@ class CopyState(enum.Enum):
 class Chunk:
     """One rank's shard of one kind of one unit.
 
-    ``numel`` elements of ``itemsize`` bytes, the elements ``[rank * numel, (rank + 1) * numel)`` of the
-    unit's padded flat buffer. All kinds of a unit share the element layout.
+    It serves the elements ``[rank * numel, (rank + 1) * numel)`` of the unit's padded flat buffer, with ``itemsize`` bytes
+    for each ``group`` of them. All kinds of a unit share the element layout.
     """
 
     id: int
@@ -60,11 +62,16 @@ class Chunk:
     numel: int
     rank: int = 0
     world: int = 1
+    group: int = 1
 
     @property
     def nbytes(self) -> int:
         """Bytes of this shard; a multiple of IO_BYTES."""
-        return self.numel * self.itemsize
+        return self.bytes_of(self.numel)
+
+    def bytes_of(self, elements: int) -> int:
+        """Bytes for so many elements from the beginning of a group on; the last group may be short."""
+        return -(-elements // self.group) * self.itemsize
 
 
 class CapacityError(RuntimeError):

@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from tierflow.cpu_adam.state import check_codes
 from tierflow.offloading import engine_of
 from tierflow.optimizer import OffloadOptimizer
-from tierflow.scheduler.contents import SPAN_BYTES, read_bytes, write_bytes
+from tierflow.scheduler.contents import SPAN_BYTES, read_bytes, slot_bytes, write_bytes
 from tierflow.scheduler.engine import Engine
-from tierflow.scheduler.units import Slot, Unit
+from tierflow.scheduler.units import STATES, Slot, Unit
 from tierflow.swap import Kind
 from tierflow.weights import WeightFiles, WeightsError, write_safetensors
 
 #: Raised by one whenever a checkpoint of the older layout could be misread.
 FORMAT = 1
-_STATES = (Kind.MASTER, Kind.EXP_AVG, Kind.EXP_AVG_SQ)
 
 
 def save_weights(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> None:
@@ -77,6 +77,7 @@ def save_checkpoint(
         manifest = {
             "format": FORMAT,
             "state_format": engine.plan.placement.state_format,
+            "rule": engine.plan.placement.rule.name,
             "optimizer": _plain(optimizer.state_dict()),
             "names": _group_names(model, optimizer),
             "client_state": client_state or {},
@@ -92,25 +93,26 @@ def save_checkpoint(
 def load_checkpoint(model: nn.Module, optimizer: OffloadOptimizer, folder: str | Path) -> dict[str, Any]:
     """Restores what ``save_checkpoint`` wrote, into any placement of the same state format; returns client_state.
 
-    Raises WeightsError for a folder that is no checkpoint, is damaged, or does not match the model.
+    Raises WeightsError for a folder that is no checkpoint, is damaged, or does not match the model, the state format or
+    the optimizer's rule; nothing is restored then.
     """
     engine = engine_of(model)
     source = Path(folder)
     if not source.exists() and _old(source).exists():  # a save was cut off between its two renames
         source = _old(source)
     manifest = _manifest(source)
-    if manifest["state_format"] != engine.plan.placement.state_format:
-        raise WeightsError(
-            f"{source}: saved with optimizer_state {manifest['state_format']!r}, this run has "
-            f"{engine.plan.placement.state_format!r}: set tierflow.optimizer_state to the former"
-        )
+    _check_kind(source, manifest, engine)
     if manifest["names"] != _group_names(model, optimizer):
         raise WeightsError(f"{source}: its parameter groups do not hold the same parameters as this optimizer's")
     with WeightFiles(source) as files:
-        wanted = [(u, s, k) for u, s in _slots(engine) for k in (Kind.PARAM, *_STATES) if k in u.chunks]
+        wanted = [(u, s, k) for u, s in _slots(engine) for k in (Kind.PARAM, *STATES) if k in u.chunks]
         missing = [_key(s, k) for _, s, k in wanted if _key(s, k) not in files]
         if missing:
             raise WeightsError(f"{source}: {len(missing)} tensor(s) missing, first {missing[0]!r}")
+        for unit, slot, kind in wanted:
+            _check_tensor(files, unit, slot, kind)
+        for unit, slot in _slots(engine):
+            _check_codes(source, files, engine, unit, slot)
         engine.settle()  # an update that is due would run over what is restored
         for unit, slot, kind in wanted:
             _restore(engine, unit, slot, kind, files.read(_key(slot, kind)))
@@ -119,6 +121,21 @@ def load_checkpoint(model: nn.Module, optimizer: OffloadOptimizer, folder: str |
     optimizer.load_state_dict(manifest["optimizer"])
     _set_rng(torch.load(source / "rng.pt", weights_only=False))
     return manifest["client_state"]
+
+
+def _check_kind(source: Path, manifest: dict[str, Any], engine: Engine) -> None:
+    placement = engine.plan.placement
+    saved, here = manifest["state_format"], placement.state_format
+    if saved != here:
+        raise WeightsError(
+            f"{source}: saved with optimizer_state {saved!r}, this run has {here!r}: set tierflow.optimizer_state (or "
+            f"--optimizer-state) to {saved!r}"
+        )
+    rule = manifest.get("rule", "Adam")
+    if rule != placement.rule.name:
+        raise WeightsError(
+            f"{source}: saved by {rule}, this run has {placement.rule.name}: set optimizer.type to {rule!r}"
+        )
 
 
 def _slots(engine: Engine) -> Iterator[tuple[Unit, Slot]]:
@@ -131,35 +148,56 @@ def _key(slot: Slot, kind: Kind) -> str:
     return slot.names[0] if kind is Kind.PARAM else f"{slot.names[0]}.{kind.value}"
 
 
+def _shape(unit: Unit, slot: Slot, kind: Kind) -> tuple[int, ...]:
+    """Of a kind's tensor in a checkpoint: the parameter's, or (groups, values for each)."""
+    layout = unit.layouts[kind]
+    return tuple(slot.shape) if layout.group == 1 else (-(-slot.numel // layout.group), layout.per_group)
+
+
 def _stream(engine: Engine, unit: Unit, slot: Slot, kind: Kind) -> Iterator[torch.Tensor]:
     chunk = unit.chunks[kind]
-    begin, end = slot.offset * chunk.itemsize, (slot.offset + slot.numel) * chunk.itemsize
+    begin, end = slot_bytes(chunk, slot)
     for at in range(begin, end, SPAN_BYTES):
         yield read_bytes(engine.manager, chunk, at, min(at + SPAN_BYTES, end), engine.victims())
 
 
-def _restore(engine: Engine, unit: Unit, slot: Slot, kind: Kind, tensor: torch.Tensor) -> None:
-    chunk = unit.chunks[kind]
-    if kind is Kind.PARAM and tensor.dtype != unit.dtype:
+def _check_tensor(files: WeightFiles, unit: Unit, slot: Slot, kind: Kind) -> None:
+    """Raises WeightsError for a dtype or shape that is not this run's."""
+    key, (dtype, shape) = _key(slot, kind), files.layout(_key(slot, kind))
+    expected = unit.layouts[kind].dtype, _shape(unit, slot, kind)
+    if kind is Kind.PARAM and dtype != unit.dtype:
         raise WeightsError(
-            f"tensor {_key(slot, kind)!r} was saved as {str(tensor.dtype)[6:]} and is {str(unit.dtype)[6:]} in this run: "
+            f"tensor {key!r} was saved as {str(dtype)[6:]} and is {str(unit.dtype)[6:]} in this run: "
             "resume with the bf16.enabled and fp16.enabled that it was saved with"
         )
-    data = tensor.contiguous().view(-1).view(torch.uint8)
-    if data.nbytes != slot.numel * chunk.itemsize:
-        raise WeightsError(f"tensor {_key(slot, kind)!r} has {data.nbytes} bytes, {slot.numel * chunk.itemsize} expected")
-    write_bytes(engine.manager, chunk, slot.offset * chunk.itemsize, data, engine.victims())
+    if (dtype, shape) != expected:
+        raise WeightsError(
+            f"tensor {key!r} is {str(dtype)[6:]} of shape {shape}, {str(expected[0])[6:]} of shape {expected[1]} expected"
+        )
+
+
+def _check_codes(source: Path, files: WeightFiles, engine: Engine, unit: Unit, slot: Slot) -> None:
+    """Raises WeightsError for 8-bit moments and scales that no step leaves together."""
+    if Kind.SCALE not in unit.chunks:
+        return
+    rule = engine.plan.placement.rule
+    kinds = [Kind.SCALE, *map(Kind, rule.moments)]
+    try:
+        check_codes({kind.value: files.read(_key(slot, kind)) for kind in kinds}, rule, repr(slot.names[0]))
+    except ValueError as error:
+        raise WeightsError(f"{source}: {error}") from None
+
+
+def _restore(engine: Engine, unit: Unit, slot: Slot, kind: Kind, tensor: torch.Tensor) -> None:
+    chunk, data = unit.chunks[kind], tensor.contiguous().view(-1).view(torch.uint8)
+    write_bytes(engine.manager, chunk, chunk.bytes_of(slot.offset), data, engine.victims())
     if kind is Kind.PARAM:
         engine.home_was_written(unit)
 
 
 def _save_states(engine: Engine, path: Path) -> None:
-    wanted = [(u, s, k) for u, s in _slots(engine) for k in _STATES if k in u.chunks]
-
-    def dtype(unit: Unit, kind: Kind) -> torch.dtype:
-        return torch.int16 if kind is Kind.MASTER and unit.chunks[kind].itemsize == 2 else torch.float32
-
-    entries = [(_key(s, k), dtype(u, k), tuple(s.shape)) for u, s, k in wanted]
+    wanted = [(u, s, k) for u, s in _slots(engine) for k in STATES if k in u.chunks]
+    entries = [(_key(s, k), u.layouts[k].dtype, _shape(u, s, k)) for u, s, k in wanted]
     write_safetensors(path, entries, (p for u, s, k in wanted for p in _stream(engine, u, s, k)))
 
 

@@ -64,6 +64,7 @@ def finetune(
     save_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: none.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from OUTPUT/checkpoint.")] = False,
     prompt: Annotated[str | None, typer.Option(help="Prompt of the sample; default the first held-out text.")] = None,
+    optimizer_state: Annotated[str | None, typer.Option(help="State format: auto, fp32, lossless, bf16, int8 or int8-24bit; the last three are lossy.")] = None,
     nvme_path: Annotated[list[Path] | None, typer.Option(help="Swap folder if the config names none, or several; default OUTPUT/swap.")] = None,
     report: Annotated[bool, typer.Option("--report", help="Say at the end where a step's time went and what bounds it.")] = False,
     trace: Annotated[Path | None, typer.Option(help="Chrome trace of steps 2 to 4 for Perfetto (JSON).")] = None,
@@ -75,7 +76,7 @@ def finetune(
     options = Options(
         model, tuple(data), output, config, tuple(eval_data or ()), sequence_length, micro_batch, accumulation, lr,
         warmup, schedule, steps, epochs, seed, eval_tokens, eval_every, save_every, resume, prompt, tuple(nvme_path or ()),
-        report, trace,
+        report, trace, optimizer_state,
     )  # fmt: skip
     console = Console()
     with _errors(console):
@@ -105,6 +106,7 @@ def bench_train(
     clip: Annotated[float | None, typer.Option(min=0.0, help="Clip the gradient's norm at this.")] = None,
     head_chunk: Annotated[int | None, typer.Option(min=1, help="Tokens whose logits exist at once; head and embedding gradients in blocks. CPU only.")] = None,
     private_memory: Annotated[str | None, typer.Option(help="Have the kernel refuse the process more private memory (RLIMIT_DATA).")] = None,
+    optimizer_state: Annotated[str | None, typer.Option(help="State format: auto, fp32, lossless, bf16, int8 or int8-24bit; the last three are lossy.")] = None,
     config: Annotated[Path | None, typer.Option(help="Offload config (JSON) for anything else; options come before it.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
     seed: Annotated[int, typer.Option(help="Of weights and tokens.")] = 0,
@@ -115,7 +117,7 @@ def bench_train(
 
     options = Options(
         shape, device_memory, host_memory, nvme, param, optimizer, dtype, batch, accumulation, sequence_length, steps,
-        layers, checkpointing, clip, head_chunk, private_memory, config, json, seed,
+        layers, checkpointing, clip, head_chunk, private_memory, config, json, seed, optimizer_state,
     )  # fmt: skip
     console = Console()
     with _errors(console):
@@ -131,7 +133,7 @@ def tune(
     json: Annotated[bool, typer.Option("--json", help="Print the profile on stdout, everything else on stderr.")] = False,
     output: Annotated[Path, typer.Option(help="The profile; the heat map beside it ends in .png.")] = Path("aio_profile.json"),
     parameters: Annotated[str | None, typer.Option(help="Say the step-time floor of so large a model, as 13B.")] = None,
-    optimizer_state: Annotated[str, typer.Option(help="State format, lossless or fp32: the mixed load's ratio, and the floor's.")] = "lossless",
+    optimizer_state: Annotated[str, typer.Option(help="State format, lossless, fp32, bf16, int8 or int8-24bit: the mixed load's ratio, and the floor's.")] = "lossless",
     sustained: Annotated[str | None, typer.Option(help="Also write so many bytes on end, as 200GB, to find where a write cache is full.")] = None,
 ) -> None:
     """Find the fastest way to read and write drives, and write it down for "aio" in a config."""

@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError
 
 from tierflow.config_keys import KEYS, NOT_YET, Role
 from tierflow.config_models import (
+    TAKES,
     AioBlock,
     Bf16Block,
     Block,
@@ -180,13 +181,13 @@ def _filled(block: AioBlock, settings: dict[str, int]) -> AioBlock:
 def _refuse_optimizer(values: dict[str, Any], problems: list[str]) -> None:
     block = values.get("optimizer")
     name = block.get("type") if isinstance(block, dict) else None
-    if not isinstance(name, str) or name.lower() in ("adam", "adamw", "auto"):
+    if not isinstance(name, str) or name.lower() in ("auto", *(own.lower() for own in TAKES)):
         return
     # what another optimizer's params are called is beside the point then
     problems[:] = [p for p in problems if "optimizer.params." not in p]
     del values["optimizer"]
     problems.append(
-        f"optimizer.type is {show(name)}, which is not available: only AdamW and Adam are, so write "
+        f"optimizer.type is {show(name)}, which is not available: {', '.join(TAKES)} are, so write one of these, as in "
         '"optimizer": {"type": "AdamW", ...}'
     )
 
@@ -231,7 +232,7 @@ _SPEED = ("none", "cpu", "nvme")
 
 
 def _contradictions(config: Config) -> Iterator[str]:
-    for check in (_check_half, _check_stage, _check_order, _check_paths, _check_adam, _check_threads):
+    for check in (_check_half, _check_stage, _check_order, _check_paths, _check_adam, _check_params, _check_threads):
         yield from check(config)
 
 
@@ -296,6 +297,17 @@ def _check_adam(config: Config) -> Iterator[str]:
         yield (
             'optimizer.params.adam_w_mode is false and optimizer.type is "AdamW": for L2 decay in the gradient set '
             'optimizer.type to "Adam", for AdamW leave adam_w_mode out'
+        )
+
+
+def _check_params(config: Config) -> Iterator[str]:
+    optimizer = config.optimizer
+    if optimizer is None:
+        return
+    for name in sorted(optimizer.params.model_fields_set - optimizer.takes):
+        yield (
+            f'optimizer.params.{name} is no setting of {optimizer.type}, which takes '
+            f"{', '.join(n for n in type(optimizer.params).model_fields if n in optimizer.takes)}: leave it out"
         )
 
 

@@ -100,16 +100,17 @@ _ARITHMETIC = [
 ]
 
 _OPTIMIZER = [
-    _honoured("optimizer.type", '"AdamW" or "Adam"', "AdamW",
-              note="as in DeepSpeed, Adam is AdamW unless adam_w_mode is false"),
-    _honoured("optimizer.params.lr", 'a number of 0 or more, or "auto"', "0.001"),
-    _honoured("optimizer.params.betas", 'two numbers in [0, 1), or "auto"', "[0.9, 0.999]"),
-    _honoured("optimizer.params.eps", 'a number above 0, or "auto"', "1e-08"),
+    _honoured("optimizer.type", '"AdamW", "Adam", "Lion" or "Adagrad"', "AdamW",
+              note="as in DeepSpeed, Adam is AdamW unless adam_w_mode is false; a setting that is not the type's own is an "
+              "error"),
+    _honoured("optimizer.params.lr", 'a number of 0 or more, or "auto"', "0.001", note="Adagrad: 0.01"),
+    _honoured("optimizer.params.betas", 'two numbers in [0, 1), or "auto"', "[0.9, 0.999]", note="not Adagrad's"),
+    _honoured("optimizer.params.eps", 'a number above 0, or "auto"', "1e-08", note="Adagrad: 1e-10; not Lion's"),
     _honoured("optimizer.params.weight_decay", 'a number of 0 or more, or "auto"', "0.0",
-              note="DeepSpeed's default, not torch's; with torch_adam torch's (0.01 for AdamW)"),
-    _honoured("optimizer.params.adam_w_mode", BOOL, "true", note="false, with type Adam: L2 decay in the gradient"),
-    _honoured("optimizer.params.torch_adam", BOOL, "false", note="decides the default of weight_decay only"),
-    _honoured("optimizer.params.maximize", BOOL, "false"),
+              note="DeepSpeed's default, not torch's; with torch_adam torch's (0.01 for AdamW); Adagrad's is L2 decay"),
+    _honoured("optimizer.params.adam_w_mode", BOOL, "true", note="Adam's; false, with type Adam: L2 decay in the gradient"),
+    _honoured("optimizer.params.torch_adam", BOOL, "false", note="Adam's; decides the default of weight_decay only"),
+    _honoured("optimizer.params.maximize", BOOL, "false", note="Adam's"),
     _refused("optimizer.params.bias_correction", BOOL, (True,),
              "Adam without bias correction is not available; leave it out"),
     _refused("optimizer.params.amsgrad", BOOL, (False,), "AMSGrad is not available; leave it out"),
@@ -214,9 +215,9 @@ _HALF = [
     *_many(Role.UNUSED, "bf16", BOOL, "immediate_grad_update", "gradients accumulate as they arrive"),
     *_many(Role.UNUSED, "bf16", BOOL, "check_grad_overflow",
            "always checked: a non-finite gradient raises before anything is updated"),
-    *[_refused(f"bf16.{name}", BOOL, (False,), "masters and moments in bf16 lose bits and are not available yet; leave it "
-               "out, or see tierflow.optimizer_state")
-      for name in ("bf16_master_weights_and_grads", "bf16_optimizer_states")],
+    _refused("bf16.bf16_master_weights_and_grads", BOOL, (False,), "masters in bf16 lose bits; leave it out"),
+    _refused("bf16.bf16_optimizer_states", BOOL, (False,), 'leave it out, and for moments in bf16 set '
+             'tierflow.optimizer_state to "bf16"'),
     *[_refused(f"data_types.{name}", TEXT, (), "use bf16.enabled or fp16.enabled, or give the model the dtype you want")
       for name in ("param_dtype", "buffer_dtype")],
 ]
@@ -276,8 +277,9 @@ _TIERFLOW = [
     _honoured("tierflow.device_memory", _SIZE, "auto", "bytes", "cap on what tierflow holds on the compute device"),
     _honoured("tierflow.host_memory", _SIZE, "auto", "bytes", "cap on what tierflow holds in host memory"),
     _honoured("tierflow.nvme_capacity", _SIZE, "auto", "bytes", "cap on the swap store"),
-    _honoured("tierflow.optimizer_state", '"auto", "fp32" or "lossless"', "auto",
-              note="auto: lossless for bf16 models, fp32 for others"),
+    _honoured("tierflow.optimizer_state", '"auto", "fp32", "lossless", "bf16", "int8" or "int8-24bit"', "auto",
+              note="auto: lossless for bf16 models, fp32 for others; the last three are lossy and never chosen by auto, "
+              "int8-24bit is for bf16 models (docs/kernels.md)"),
     _honoured("tierflow.device", '"auto", "cpu", "cuda" or "cuda:N"', "auto"),
     _honoured("tierflow.engine", '"auto", "io_uring" or "threads"', "auto", note="how files are read and written"),
     _honoured("tierflow.prefetch", 'true, false or "auto"', "true", note="false fetches on demand; results are the same"),
@@ -317,11 +319,6 @@ ALIASES = {"bfloat16": "bf16"}
 
 #: Known values that are not there yet: (key, value) -> the reason and the remedy.
 NOT_YET: dict[tuple[str, str], str] = {
-    **{
-        ("tierflow.optimizer_state", name): f'the "{name}" state format is not available yet; use "auto", "fp32" or '
-        '"lossless"'
-        for name in ("bf16", "int8")
-    },
     **{
         ("scheduler.type", name): "this schedule is not available; use one of the three warm-up schedules, or leave "
         "scheduler out and put a torch.optim.lr_scheduler on the optimizer"

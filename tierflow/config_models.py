@@ -6,7 +6,7 @@ import math
 import os
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_serializer, model_validator
 
 from tierflow.config_schedule import warmup_cosine, warmup_decay
 from tierflow.sizes import parse_size
@@ -84,7 +84,7 @@ class TierflowBlock(Block):
     device_memory: Size | None = None
     host_memory: Size | None = None
     nvme_capacity: Size | None = None
-    optimizer_state: Literal["auto", "fp32", "lossless"] = "auto"
+    optimizer_state: Literal["auto", "fp32", "lossless", "bf16", "int8", "int8-24bit"] = "auto"
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:(0|[1-9][0-9]{0,3}))?)$")] = "auto"
     engine: Literal["auto", "io_uring", "threads"] = "auto"
     prefetch: bool = True
@@ -147,8 +147,9 @@ class DataTypesBlock(Block):
     grad_accum_dtype: Literal["fp32", "bf16", "fp16"] | None = None
 
 
-class AdamParams(Block):
-    """Adam's settings; None is "auto", left to whoever makes the optimizer."""
+class OptimizerParams(Block):
+    """Settings of the rules, of which each has its own (`OptimizerBlock.takes`); None is "auto", left to whoever makes the
+    optimizer."""
 
     lr: Number | None = 1e-3
     betas: Annotated[tuple[Beta, Beta], BeforeValidator(_betas)] | None = (0.9, 0.999)
@@ -161,41 +162,63 @@ class AdamParams(Block):
 
 def _name_optimizer(value: Any) -> Any:
     # DeepSpeed takes its own optimizers' names in any case
-    return {"adamw": "AdamW", "adam": "Adam"}.get(value.lower(), value) if isinstance(value, str) else value
+    names = {name.lower(): name for name in TAKES}
+    return names.get(value.lower(), value) if isinstance(value, str) else value
+
+
+_ADAM = frozenset({"lr", "betas", "eps", "weight_decay", "adam_w_mode", "torch_adam", "maximize"})
+#: The settings of each optimizer, as DeepSpeed's own has them.
+TAKES: dict[str, frozenset[str]] = {
+    "AdamW": _ADAM,
+    "Adam": _ADAM,
+    "Lion": frozenset({"lr", "betas", "weight_decay"}),
+    "Adagrad": frozenset({"lr", "eps", "weight_decay"}),
+}
+#: Where its defaults are not Adam's.
+_DEFAULTS: dict[str, dict[str, Any]] = {"Adagrad": {"lr": 1e-2, "eps": 1e-10}}
 
 
 class OptimizerBlock(Block):
-    """AdamW, or Adam; DeepSpeed's Adam is AdamW unless ``adam_w_mode`` is false."""
+    """AdamW, Adam, Lion or Adagrad; DeepSpeed's Adam is AdamW unless ``adam_w_mode`` is false."""
 
-    type: Annotated[Literal["AdamW", "Adam"], BeforeValidator(_name_optimizer)] = "AdamW"
-    params: AdamParams = AdamParams()
+    type: Annotated[Literal["AdamW", "Adam", "Lion", "Adagrad"], BeforeValidator(_name_optimizer)] = "AdamW"
+    params: OptimizerParams = OptimizerParams()
 
     @model_validator(mode="before")
     @classmethod
-    def _default_decay(cls, data: Any) -> Any:
+    def _own_defaults(cls, data: Any) -> Any:
         # [Note: weight decay] DeepSpeed's own Adam decays nothing unless told to; torch's AdamW decays by 0.01. With
         # torch_adam DeepSpeed hands over to torch, default included.
-        params = data.get("params") if isinstance(data, dict) else None
+        params = data.get("params", {}) if isinstance(data, dict) else None
+        own = _DEFAULTS.get(str(_name_optimizer(data.get("type"))), {}) if isinstance(params, dict) else {}
+        if isinstance(params, dict) and own:
+            return data | {"params": own | params}
         if not isinstance(params, dict) or params.get("torch_adam") is not True or "weight_decay" in params:
             return data
         decoupled = params.get("adam_w_mode", True) is True
         return data | {"params": params | {"weight_decay": 0.01 if decoupled else 0.0}}
 
     @property
+    def takes(self) -> frozenset[str]:
+        """The names of the settings that this optimizer has."""
+        return TAKES[self.type]
+
+    @model_serializer(mode="wrap")
+    def _own_params(self, handler: Any) -> dict[str, Any]:
+        dump: dict[str, Any] = handler(self)
+        return dump | {"params": {name: value for name, value in dump["params"].items() if name in self.takes}}
+
+    @property
     def decoupled(self) -> bool:
-        """Whether weight decay acts on the weight (AdamW) rather than on the gradient."""
-        return self.params.adam_w_mode
+        """Whether weight decay acts on the weight (AdamW, Lion) rather than on the gradient."""
+        return self.params.adam_w_mode and self.type != "Adagrad"
 
     def group(self) -> dict[str, Any]:
         """As the keys of a torch param group; a value is None where the config says "auto"."""
         p = self.params
-        return {
-            "lr": p.lr,
-            "betas": p.betas,
-            "eps": p.eps,
-            "weight_decay": p.weight_decay,
-            "maximize": p.maximize,
-            "decoupled_weight_decay": self.decoupled,
+        values = {"lr": p.lr, "betas": p.betas, "eps": p.eps, "weight_decay": p.weight_decay, "maximize": p.maximize}
+        return {name: value for name, value in values.items() if name in self.takes} | {
+            "decoupled_weight_decay": self.decoupled
         }
 
 

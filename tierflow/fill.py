@@ -7,9 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-from tierflow.cpu_adam import kernels
 from tierflow.scheduler.binding import raw
-from tierflow.scheduler.contents import read_bytes, read_parameter, store_parameter
+from tierflow.scheduler.contents import join_master, read_bytes, read_parameter, slot_bytes, store_parameter
 from tierflow.scheduler.units import Slot, Unit
 from tierflow.swap import Chunk, Kind, Manager, Tier
 
@@ -67,12 +66,9 @@ def _give_back(manager: Manager, moved: list[tuple[Unit, Slot, torch.nn.Paramete
     for unit, slot, param, dtype in moved:
         values = read_parameter(manager, unit, slot, _no_victims)
         master = unit.chunks.get(Kind.MASTER)
-        if dtype != unit.dtype and master is not None:  # it came as fp32: all 32 bits are there
-            begin, end = slot.offset * master.itemsize, (slot.offset + slot.numel) * master.itemsize
-            rest = read_bytes(manager, master, begin, end, _no_victims)
-            half, values = values.view(-1), rest.view(torch.float32) if master.itemsize == 4 else torch.empty(slot.numel)
-            if master.itemsize == 2:
-                kernels.join(half, rest.view(torch.int16), values)
+        if dtype != unit.dtype and master is not None:  # it came as fp32: what the format keeps of that is there
+            rest = read_bytes(manager, master, *slot_bytes(master, slot), _no_victims)
+            values = join_master(values, rest.view(unit.layouts[Kind.MASTER].dtype))
         with raw():
             param.data = values.to(param.device, dtype).view(slot.shape)
 

@@ -16,15 +16,24 @@ from torch.utils._pytree import tree_map
 
 from tierflow.chrome_trace import StepTrace, claim
 from tierflow.config import Config, ConfigError, load_config
+from tierflow.cpu_adam.formats import resolve
+from tierflow.cpu_adam.rules import ADAGRAD, ADAM, LION, Rule
 from tierflow.fill import Source, fill, from_model
 from tierflow.loss_scale import LossScale
-from tierflow.optimizer import DEFAULTS, OffloadOptimizer, check_group, groups_of
+from tierflow.optimizer import OffloadOptimizer, check_group, defaults_of, groups_of
 from tierflow.scheduler.engine import Engine, build_manager
-from tierflow.scheduler.homes import STATES
 from tierflow.scheduler.placement import DoesNotFit, Placement, Together, kinds_of
 from tierflow.scheduler.plan import MemoryPlan, make_plan, second_slots, table_text
 from tierflow.scheduler.traffic import default_order, estimate
-from tierflow.scheduler.units import ShardGeometry, Unit, make_chunks, partition, units_of_blocks, units_together
+from tierflow.scheduler.units import (
+    STATES,
+    ShardGeometry,
+    Unit,
+    make_chunks,
+    partition,
+    units_of_blocks,
+    units_together,
+)
 from tierflow.settings import (
     Settings,
     drive_settings,
@@ -35,7 +44,7 @@ from tierflow.settings import (
     pick_format,
     pick_tiers,
 )
-from tierflow.swap import IO_BYTES, DebugMemory, Tier
+from tierflow.swap import DebugMemory, Tier
 
 log = logging.getLogger("tierflow")
 
@@ -57,7 +66,8 @@ def offload(
 
     The model is changed in place and trains in any torch loop. ``config``: a path, mapping or ``Config``; none
     means everything "auto". The optimizer's settings come from ``optimizer`` (a fresh torch AdamW or Adam, taken
-    over), ``param_groups``, or the config's ``optimizer`` block: one of the three must be there. ``nvme_path``: the
+    over), ``param_groups``, or the config's ``optimizer`` block: one of the three must be there. With ``param_groups`` that
+    block's type is the optimizer's, AdamW without one. ``nvme_path``: the
     folder, or several, for what lives on NVMe when the config names none. ``source`` gives values for parameters on
     the meta device (see ``tierflow.load``). ``owned_loop``: the caller calls ``optimizer.expect_step()`` before each step's
     first backward, as ``tierflow.initialize`` does, so that updates may run in the backward. ``debug_memory`` is for tests: random places, freed memory poisoned.
@@ -73,10 +83,12 @@ def offload(
     groups = _groups(model, cfg, optimizer, param_groups)
     if getattr(model, "_tierflow_engine", None) is not None:
         raise ValueError("this model is offloaded already: close its optimizer before offloading it again")
-    _check_groups(model, groups)
+    rule = ADAM if optimizer is not None else rule_of(cfg)
+    _check_groups(model, groups, rule)
     device = pick_device(cfg)
     trained = {id(p) for g in groups for p in g["params"] if p.requires_grad}
-    units, plan, settings = make_run(model, cfg, device, trained, nvme_path, owned_loop, debug_memory is None or not debug_memory.through_host)
+    direct = debug_memory is None or not debug_memory.through_host
+    units, plan, settings = make_run(model, cfg, device, trained, nvme_path, owned_loop, direct, rule)
     if cfg.tierflow.report:
         log.info(table_text(plan))
     engine = _build(model, units, plan, settings, source or from_model, debug_memory)
@@ -85,7 +97,7 @@ def offload(
         engine.keep(model.register_forward_pre_hook(_cast_inputs, with_kwargs=True))
     groups = [g | {"params": [p for p in g["params"] if p.requires_grad]} for g in groups]
     scale = LossScale.of(cfg.fp16) if cfg.fp16.enabled else None
-    result = OffloadOptimizer(engine, groups, cfg.gradient_clipping or 0.0, scale)
+    result = OffloadOptimizer(engine, groups, cfg.gradient_clipping or 0.0, scale, rule)
     model._tierflow_engine = engine  # type: ignore[assignment]
     if cfg.tierflow.trace is not None:
         StepTrace(engine, cfg.tierflow.trace)
@@ -133,9 +145,15 @@ def _groups(
     return [block | {"params": [p for p in model.parameters() if p.requires_grad]}]
 
 
-def _check_groups(model: nn.Module, groups: list[dict[str, Any]]) -> None:
+def rule_of(cfg: Config) -> Rule:
+    """The update rule that the config's ``optimizer`` block names; Adam without one."""
+    named = {"Lion": LION, "Adagrad": ADAGRAD}
+    return ADAM if cfg.optimizer is None else named.get(cfg.optimizer.type, ADAM)
+
+
+def _check_groups(model: nn.Module, groups: list[dict[str, Any]], rule: Rule) -> None:
     """Raises what the optimizer would, before the model is touched."""
-    made = torch.optim.Optimizer([dict(g) for g in groups], dict(DEFAULTS))
+    made = torch.optim.Optimizer([dict(g) for g in groups], defaults_of(rule))
     own = {id(p) for p in model.parameters()}
     for group in made.param_groups:
         check_group(group)
@@ -180,12 +198,12 @@ def _cast_inputs(_model: nn.Module, args: Any, kwargs: Any) -> Any:
 def make_run(
     model: nn.Module, cfg: Config, device: torch.device, trained: set[int],
     nvme_path: str | Sequence[str] | None,
-    owned_loop: bool = False, direct: bool = True,
+    owned_loop: bool = False, direct: bool = True, rule: Rule | None = None,
 ) -> tuple[list[Unit], MemoryPlan, Settings]:  # fmt: skip
     """Units, plan and settings; nothing is allocated. Raises DoesNotFit and ConfigError.
 
     ``owned_loop``: second slots on NVMe are made where they fit, for updates in the backward that may be undone.
-    ``direct``: a CPU's DEVICE memory is read into without a stop in HOST.
+    ``direct``: a CPU's DEVICE memory is read into without a stop in HOST. ``rule``: of the update, the config's by default.
     """
     param, optim = pick_tiers(cfg)
     paths = nvme_directories(cfg, nvme_path)
@@ -204,7 +222,7 @@ def make_run(
         dtypes = {u.dtype for u in units if u.trainable}
         placement = Placement(
             choice[0], choice[1], pick_format(cfg, dtypes), _grad_dtype(cfg), device.type == "cpu",
-            direct and device.type == "cpu",
+            direct and device.type == "cpu", rule or rule_of(cfg),
         )  # fmt: skip
         make_chunks(units, {u.index: kinds_of(u, placement) for u in units}, ShardGeometry())
         try:
@@ -230,7 +248,8 @@ def _units(model: nn.Module, cfg: Config, trained: set[int], limit: int | None) 
     for p in frozen:  # a unit is trainable if an optimizer group has it
         p.requires_grad_(False)
     try:
-        units = partition(model, limit)
+        # which shapes stay exact a name says for every dtype alike; each of them serves bf16
+        units = partition(model, limit, resolve(cfg.tierflow.optimizer_state, torch.bfloat16).keeps_fp32)
     finally:
         for p in frozen:
             p.requires_grad_(True)
@@ -259,8 +278,8 @@ def _plan(
     plan = make_plan(units, placement, caps, together, order, speculative)
     piece = cfg.tierflow.piece_elements
     if piece is not None:  # whole I/O blocks of every kind, and room for two pieces at once
-        most = plan.piece_elements * plan.pieces_in_flight // 2 // IO_BYTES * IO_BYTES
-        plan = replace(plan, piece_elements=min(-(-piece // IO_BYTES) * IO_BYTES, most))
+        most = plan.piece_elements * plan.pieces_in_flight // 2 // plan.grain * plan.grain
+        plan = replace(plan, piece_elements=min(-(-piece // plan.grain) * plan.grain, most))
     read, written = estimate(units, plan, order, cfg.tierflow.prefetch, cfg.tierflow.update == "immediate")
     return replace(plan, nvme_read=read, nvme_written=written)
 
@@ -276,7 +295,7 @@ def _build(
         for unit in units:
             for kind, chunk in unit.chunks.items():
                 front = plan.homes.front.get(unit.index, 0) if kind in STATES else 0
-                manager.create(chunk, plan.homes.of(unit, kind), front * chunk.itemsize)
+                manager.create(chunk, plan.homes.of(unit, kind), chunk.bytes_of(front))
             for chunk in second_slots(unit, plan.homes) if plan.spare else ():
                 manager.add_spare(chunk)
         fill(manager, units, source)

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from tierflow.cpu_adam.rules import ADAM
+from tierflow.cpu_adam.rules import Rule as UpdateRule
 from tierflow.loss_scale import LossScale, ScaleAtMinimum
 from tierflow.scheduler.engine import Engine
 from tierflow.scheduler.gradients import GradSlot
@@ -15,8 +17,8 @@ from tierflow.scheduler.rules import Rule
 
 log = logging.getLogger("tierflow")
 
-#: What a param group that leaves a key out has: torch.optim.AdamW's own.
-DEFAULTS: dict[str, Any] = {
+#: What a param group that leaves a key out has: torch.optim.AdamW's own, and DeepSpeed's Lion's and Adagrad's.
+_ADAMW: dict[str, Any] = {
     "lr": 1e-3,
     "betas": (0.9, 0.999),
     "eps": 1e-8,
@@ -24,6 +26,15 @@ DEFAULTS: dict[str, Any] = {
     "maximize": False,
     "decoupled_weight_decay": True,
 }
+_OWN: dict[str, dict[str, Any]] = {
+    "Lion": {"weight_decay": 0.0},
+    "Adagrad": {"lr": 1e-2, "eps": 1e-10, "weight_decay": 0.0, "decoupled_weight_decay": False},
+}
+
+
+def defaults_of(rule: UpdateRule) -> dict[str, Any]:
+    """What a param group of the rule's has for the keys that it leaves out; the rule does not look at every key."""
+    return _ADAMW | _OWN.get(rule.name, {})
 
 
 class NonFiniteGradient(FloatingPointError):
@@ -38,7 +49,7 @@ class NonFiniteGradient(FloatingPointError):
 
 
 class OffloadOptimizer(torch.optim.Optimizer):
-    """AdamW (or Adam with L2 decay) over managed states; a real ``torch.optim.Optimizer``.
+    """AdamW (or Adam with L2 decay, Lion, Adagrad) over managed states; a real ``torch.optim.Optimizer``.
 
     ``param_groups`` are live for LR schedulers. ``state`` stays empty and ``state_dict()`` is a cheap manifest of
     groups and step counts: states are saved by ``tierflow.save_checkpoint``. ``step()`` raises NonFiniteGradient
@@ -55,6 +66,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         groups: list[dict[str, Any]],
         gradient_clipping: float = 0.0,
         scale: LossScale | None = None,
+        rule: UpdateRule = ADAM,
     ):
         self.engine = engine
         self.gradient_clipping = gradient_clipping
@@ -64,7 +76,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         self.overflow = False
         self.last_grad_norm: float | None = None
         engine.scaling.resting = None if scale is not None else 1.0
-        super().__init__(groups, dict(DEFAULTS))
+        super().__init__(groups, defaults_of(rule))
 
     @property
     def loss_scale(self) -> float:
@@ -229,7 +241,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
 
 def check_group(group: dict[str, Any]) -> None:
-    """Raises ValueError for hyperparameters that AdamW does not take, with torch's own messages."""
+    """Raises ValueError for hyperparameters that no rule takes, with torch's own messages."""
     beta1, beta2 = group["betas"]
     if float(group["lr"]) < 0.0:
         raise ValueError(f"Invalid learning rate: {group['lr']}")
@@ -258,7 +270,7 @@ def groups_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
             "param_groups= and restore states with tierflow.load_checkpoint"
         )
     decoupled = isinstance(optimizer, torch.optim.AdamW)
-    names = set(DEFAULTS) | {"params", "amsgrad", "differentiable", "capturable", "initial_lr"}
+    names = set(_ADAMW) | {"params", "amsgrad", "differentiable", "capturable", "initial_lr"}
     groups = []
     for group in optimizer.param_groups:
         kept = {k: v for k, v in group.items() if k in names}

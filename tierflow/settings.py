@@ -151,11 +151,32 @@ def pick_tiers(config: Config) -> tuple[Any, Any]:
     return tiers[zero.offload_param.device], tiers[zero.offload_optimizer.device]
 
 
-def pick_format(config: Config, dtypes: set[Any]) -> str:
-    """The state format: lossless for bf16 models, fp32 for others, unless the config says."""
+def pick_format(config: Config, dtypes: set[torch.dtype]) -> str:
+    """The state format: lossless for bf16 models, fp32 for others, unless the config says.
+
+    Raises ConfigError for one that does not serve a dtype among the trained parameters'.
+    """
     import torch
 
+    from tierflow.cpu_adam.formats import resolve
+
     wanted = config.tierflow.optimizer_state
-    if wanted != "auto":
-        return wanted
-    return "lossless" if torch.bfloat16 in dtypes else "fp32"
+    if wanted == "auto":
+        return "lossless" if torch.bfloat16 in dtypes else "fp32"
+    for dtype in sorted(dtypes & {torch.float32, torch.bfloat16, torch.float16}, key=str):
+        try:
+            resolve(wanted, dtype)
+        except ValueError:
+            instead = "int8" if wanted == "int8-24bit" else "auto"
+            raise ConfigError(
+                f'tierflow.optimizer_state is "{wanted}", which serves bfloat16 parameters, and this model trains '
+                f'{str(dtype)[6:]} ones: {_WHY[wanted]}; set it to "{instead}", or make the model bfloat16 (bf16.enabled)'
+            ) from None
+    return wanted
+
+
+#: Why these formats do not serve every dtype.
+_WHY = {
+    "lossless": "16 bits more do not make an fp32 of it",
+    "int8-24bit": "its 8 bits of master weight correct a bfloat16",
+}

@@ -43,6 +43,8 @@ def plan_notes(plan: MemoryPlan) -> list[str]:
         f"training state {size(state)} for {plan.parameters:,} parameters, format {plan.placement.state_format}; "
         f"device and host together hold at most {size(held)} of it"
     ]
+    if plan.states:
+        lines.append(plan.format_text)
     lines.append(
         f"these caps suffice: working memory needs {size(plan.least[Tier.DEVICE])} on DEVICE for the modules that run at "
         f"once and {size(plan.least[Tier.HOST])} on HOST for staging, and has {size(plan.working[Tier.DEVICE])} and "

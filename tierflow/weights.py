@@ -49,6 +49,11 @@ class WeightFiles:
         """All tensor names."""
         return list(self._where)
 
+    def layout(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """A tensor's dtype and shape."""
+        entry = self._headers[self._where[name]][0][name]
+        return DTYPES[entry["dtype"]], tuple(entry["shape"])
+
     def read(self, name: str) -> torch.Tensor:
         """The tensor as a new CPU tensor. Raises WeightsError for a file that changed under us."""
         path = self._where[name]

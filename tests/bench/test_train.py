@@ -72,8 +72,9 @@ def test_everything_on_nvme(shape: Path, tmp_path: Path) -> None:
 
 
 def test_a_cut_model_says_it_is_none(shape: Path, tmp_path: Path) -> None:
-    done = bench(shape, tmp_path, "--layers", "2", "--steps", "1", "--sequence-length", "8", "--json", "out.json")
+    done = bench(shape, tmp_path, "--layers", "2", "--steps", "1", "--sequence-length", "8", "--json", "out.json", "--optimizer-state", "int8")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "out.json").read_text())["state_format"] == "int8"
     assert done.stdout.count("CUT MODEL") == 2 and "CUT to 2 of 4 layers" in done.stdout
     assert json.loads((tmp_path / "out.json").read_text())["shape"]["cut"] is True
 
@@ -93,6 +94,7 @@ def test_a_cut_model_says_it_is_none(shape: Path, tmp_path: Path) -> None:
         (("--config", "missing.json"), "missing.json"),
         (("--json", "no/where.json"), "--json no/where.json"),
         (("--layers", "5"), "--layers 5"),
+        (("--optimizer-state", "int8-24bit"), "optimizer_state is --optimizer-state"),
         (("--private-memory", "lots"), "--private-memory lots"),
     ],
 )

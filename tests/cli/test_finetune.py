@@ -120,13 +120,14 @@ def test_resume_goes_on_bit_for_bit(folder: Path, tmp_path: Path) -> None:
 
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     c = config(tmp_path / "c.json", gradient_accumulation_steps=2)
-    common = ("--config", c, "--schedule", "linear", "--warmup", "2")
+    common = ("--config", c, "--schedule", "linear", "--warmup", "2", "--optimizer-state", "int8")
     assert run(folder, whole, *common, "--steps", "6").returncode == 0
     first = run(folder, parts, *common, "--steps", "6", "--save-every", "4")
     assert first.returncode == 0
     (parts / "model.safetensors").unlink()
     again = run(folder, parts, *common, "--steps", "6", "--resume")
     assert again.returncode == 0, again.stdout + again.stderr
+    assert "int8 states of Adam, lossy" in again.stdout
     assert "resumed from" in again.stdout and "at step 5" in again.stdout
     a, b = (load_file(p / "model.safetensors") for p in (whole, parts))
     assert tiny.same(a, b)
@@ -155,6 +156,7 @@ def test_nan_loss_is_reported_and_the_weights_are_kept(folder: Path, tmp_path: P
     [
         (("--config", "missing.json"), "train.txt", "missing.json"),
         (("--schedule", "cosin"), "train.txt", "cosine"),
+        (("--optimizer-state", "int4"), "train.txt", "tierflow.optimizer_state"),
         ((), "absent.txt", "absent.txt"),
         ((), "model/model.safetensors", "model.safetensors"),
         (("--resume",), "train.txt", "tierflow.json"),

@@ -145,16 +145,26 @@ def test_a_refusal_gives_its_reason_and_every_off_value_is_taken(path: str) -> N
     assert problem.startswith(f"{path} is ") and problem.endswith(f"which tierflow refuses: {key.note}")
 
 
-@pytest.mark.parametrize("name", ["Lamb", "OneBitAdam", "Muon", "Lion", "SGD"])
+@pytest.mark.parametrize("name", ["Lamb", "OneBitAdam", "Muon", "OneBitLion", "SGD"])
 def test_another_optimizer_is_refused_and_its_params_are_not_picked_at(name: str) -> None:
     (problem,) = problems({"optimizer": {"type": name, "params": {"momentum": 0.9, "max_grad_norm": 1.0}}})
     assert problem.startswith(f'optimizer.type is "{name}", which is not available')
 
 
-@pytest.mark.parametrize("state", ["bf16", "int8"])
-def test_state_formats_to_come(state: str) -> None:
-    (problem,) = problems({"tierflow": {"optimizer_state": state}})
-    assert "not available yet" in problem and '"lossless"' in problem
+@pytest.mark.parametrize(
+    ("type_", "name", "takes"),
+    [
+        ("lion", "eps", "lr, betas, weight_decay"),
+        ("Lion", "adam_w_mode", "lr, betas, weight_decay"),
+        ("adagrad", "betas", "lr, eps, weight_decay"),
+        ("Adagrad", "torch_adam", "lr, eps, weight_decay"),
+        ("Adagrad", "maximize", "lr, eps, weight_decay"),
+    ],
+)
+def test_a_setting_of_another_optimizer_is_refused(type_: str, name: str, takes: str) -> None:
+    value = {"eps": 1e-8, "betas": [0.9, 0.99]}.get(name, True)
+    (problem,) = problems({"optimizer": {"type": type_, "params": {name: value}}})
+    assert problem == f"optimizer.params.{name} is no setting of {type_.capitalize()}, which takes {takes}: leave it out"
 
 
 def test_other_schedules() -> None:

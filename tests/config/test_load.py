@@ -143,6 +143,25 @@ def test_deepspeed_adam(params: dict[str, Any], decay: float | None, decoupled: 
 
 
 @pytest.mark.parametrize(
+    ("type_", "params", "group"),
+    [
+        ("Lion", {}, {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 0.0, "decoupled_weight_decay": True}),
+        ("lion", {"lr": "auto", "betas": [0.9, 0.99], "set_grad_none": True},
+         {"lr": None, "betas": (0.9, 0.99), "weight_decay": 0.0, "decoupled_weight_decay": True}),
+        ("Adagrad", {}, {"lr": 1e-2, "eps": 1e-10, "weight_decay": 0.0, "decoupled_weight_decay": False}),
+        ("adagrad", {"lr": 0.1, "weight_decay": 0.2, "amsgrad": False, "fp32_optimizer_states": True},
+         {"lr": 0.1, "eps": 1e-10, "weight_decay": 0.2, "decoupled_weight_decay": False}),
+    ],
+)  # fmt: skip
+def test_deepspeed_lion_and_adagrad(type_: str, params: dict[str, Any], group: dict[str, Any]) -> None:
+    cfg = load_config({"optimizer": {"type": type_, "params": params}})
+    assert cfg.optimizer is not None and cfg.optimizer.type == type_.capitalize()
+    assert cfg.optimizer.group() == group
+    assert set(cfg.resolved()["optimizer"]["params"]) == set(group) - {"decoupled_weight_decay"}
+    assert load_config(cfg.resolved()).resolved() == cfg.resolved()
+
+
+@pytest.mark.parametrize(
     ("given_", "found"),
     [
         ((None, None, None), (None, None, None)),

@@ -113,6 +113,16 @@ def test_placements_agree_in_every_bit(tmp_path, dtype, accumulation, clip) -> N
         assert tiny.same(found[1], first[1]), placement
 
 
+@pytest.mark.parametrize(
+    ("state", "dtype"), [("bf16", torch.float32), ("int8", torch.float32), ("int8-24bit", torch.bfloat16)]
+)
+def test_lossy_formats_agree_in_every_bit(tmp_path, state, dtype) -> None:
+    first = run(tmp_path, "host", dtype, optimizer_state=state)
+    for placement in ("device", "nvme", "param_host", "everything"):
+        found = run(tmp_path, placement, dtype, optimizer_state=state, host_memory="60MB" if placement in ON_NVME else "1GB")
+        assert found[0] == first[0] and tiny.same(found[1], first[1]), placement
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_update_on_the_device_agrees_with_the_kernels(tmp_path, dtype) -> None:
     a, b = run(tmp_path, "device", dtype), run(tmp_path, "host", dtype)

@@ -92,6 +92,36 @@ def test_optimizer_on_nvme_moves_its_states_once_each_way(tmp_path: Path, dtype:
     optimizer.close()
 
 
+#: (format, dtype) -> bytes of state an element of a matrix, and of a bias, which stays exact
+LOSSY = {
+    ("bf16", torch.float32): (4, 8), ("bf16", torch.bfloat16): (6, 10), ("int8", torch.float32): (2.125, 8),
+    ("int8", torch.bfloat16): (4.125, 10), ("int8-24bit", torch.bfloat16): (3.125, 10),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("state", "dtype"), LOSSY, ids=[f"{s}-{str(d)[6:]}" for s, d in LOSSY])
+@pytest.mark.parametrize("param", ["none", "nvme"])
+def test_lossy_formats_move_their_bytes(tmp_path: Path, state: str, dtype: torch.dtype, param: str) -> None:
+    layers, matrix, bias = 6, WIDTH * WIDTH, 2048
+    model = Stack(layers=layers, width=WIDTH, dtype=dtype)
+
+    def offer(caps: dict):
+        return tierflow.offload(model, config(tmp_path, param, "nvme", optimizer_state=state, **caps))
+
+    (_, optimizer), _ = tiny.least(offer)
+    plan = optimizer.engine.plan
+    of_matrix, of_bias = LOSSY[state, dtype]
+    states = layers * (matrix * of_matrix + bias * of_bias)
+    read, written = measure(model, optimizer, stack_loss)
+    if param == "none":
+        assert (plan.nvme_read, plan.nvme_written) == (read, written) == (states, states)
+    else:
+        weights = layers * (matrix + bias) * dtype.itemsize
+        assert written == plan.nvme_written == states + weights
+        assert abs(read - plan.nvme_read) <= 0.02 * plan.nvme_read and read > states + weights
+    optimizer.close()
+
+
 @pytest.mark.parametrize("share", [0.1, 0.37, 0.5, 0.99])
 def test_states_are_split_between_host_and_nvme_by_bytes(tmp_path: Path, share: float) -> None:
     """Room for a part of the states, at any fraction, spares the drive that part both ways."""

@@ -12,20 +12,25 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tierflow.cpu_adam import kernels
+from tierflow.cpu_adam.rules import ADAGRAD, ADAM, LION, Hyper
+from tierflow.cpu_adam.rules import Rule as UpdateRule
 from tierflow.scheduler.contents import read_bytes, write_bytes
 from tierflow.scheduler.engine import build_manager
 from tierflow.scheduler.gradients import GradContext, GradSlot
-from tierflow.scheduler.homes import STATES, Homes
+from tierflow.scheduler.homes import Homes
 from tierflow.scheduler.jobs import Job
 from tierflow.scheduler.placement import Caps, Placement, kinds_of
 from tierflow.scheduler.plan import MemoryPlan
 from tierflow.scheduler.rules import Rule
 from tierflow.scheduler.stager import Stager
-from tierflow.scheduler.units import ShardGeometry, Unit, make_chunks, partition
+from tierflow.scheduler.units import STATES, ShardGeometry, Unit, make_chunks, partition
 from tierflow.scheduler.update import UpdateQueue
 from tierflow.swap import CopyState, DebugMemory, Kind, Manager, Tier
 
 TIERS = [(p, o) for o in Tier for p in Tier if list(Tier).index(p) <= list(Tier).index(o)]
+
+F32, BF16 = torch.float32, torch.bfloat16
+FORMATS = [("fp32", F32), ("lossless", BF16), ("bf16", F32), ("bf16", BF16), ("int8", F32), ("int8", BF16), ("int8-24bit", BF16)]
 
 SPAN = 16384  #: what the helpers move at a time: the pool for it may be that small
 
@@ -33,8 +38,9 @@ SPAN = 16384  #: what the helpers move at a time: the pool for it may be that sm
 @st.composite
 def cases(draw: st.DrawFn) -> dict:
     return {
-        "sizes": draw(st.lists(st.lists(st.integers(1, 20_000), min_size=1, max_size=3), min_size=1, max_size=5)),
-        "dtype": draw(st.sampled_from([torch.float32, torch.bfloat16])),
+        "sizes": draw(st.lists(st.lists(st.integers(1, 50_000), min_size=1, max_size=3), min_size=1, max_size=5)),
+        "format": draw(st.sampled_from(FORMATS)),
+        "rule": draw(st.sampled_from([ADAM, ADAM, LION, ADAGRAD])),
         "tiers": draw(st.sampled_from(TIERS)),
         "piece": draw(st.sampled_from([4096, 8192, 20480, 1 << 20])),
         "depth": draw(st.integers(1, 6)),
@@ -68,24 +74,18 @@ def fill_with_noise(manager: Manager, units: list[Unit], generator: torch.Genera
         for kind, chunk in unit.chunks.items():
             if kind is Kind.GRAD:
                 continue
-            values = torch.randn(chunk.numel, generator=generator)
-            if kind is Kind.EXP_AVG_SQ:
-                values = values.square()
-            if kind is Kind.MASTER:
-                data = torch.randint(-(1 << 14), 1 << 14, (chunk.numel,), generator=generator).to(torch.int16)
+            dtype, count = unit.layouts[kind].dtype, unit.layouts[kind].numel(chunk.numel)
+            if dtype.is_floating_point:
+                values = torch.randn(count, generator=generator)
+                data = (values if kind in (Kind.PARAM, Kind.EXP_AVG) else values.square()).to(dtype)
             else:
-                data = values.to(unit.dtype) if kind is Kind.PARAM else values
+                data = torch.randint(-(1 << 14), 1 << 14, (count,), generator=generator).to(dtype)
             for at in range(0, chunk.nbytes, SPAN):
                 write_bytes(manager, chunk, at, data.view(torch.uint8)[at : at + SPAN], no_victims)
 
 
 def no_victims(_tier: Tier):
     return ()
-
-
-def typed(unit: Unit, kind: Kind, data: torch.Tensor) -> torch.Tensor:
-    kinds = {Kind.PARAM: unit.dtype, Kind.MASTER: torch.int16}
-    return data.view(kinds.get(kind, torch.float32))
 
 
 def homes(manager: Manager, units: list[Unit]) -> dict[tuple[int, Kind], torch.Tensor]:
@@ -95,11 +95,11 @@ def homes(manager: Manager, units: list[Unit]) -> dict[tuple[int, Kind], torch.T
             if kind is not Kind.GRAD:
                 spans = [(at, min(at + SPAN, chunk.nbytes)) for at in range(0, chunk.nbytes, SPAN)]
                 data = torch.cat([read_bytes(manager, chunk, *span, no_victims) for span in spans])
-                found[unit.index, kind] = typed(unit, kind, data)
+                found[unit.index, kind] = data.view(unit.layouts[kind].dtype)
     return found
 
 
-def at_once(units: list[Unit], jobs: list[Job], held: dict[tuple[int, Kind], torch.Tensor]) -> None:
+def at_once(jobs: list[Job], update: UpdateRule, held: dict[tuple[int, Kind], torch.Tensor]) -> None:
     """The same update, parameter by parameter, on copies."""
     for job in jobs:
         unit = job.unit
@@ -107,12 +107,16 @@ def at_once(units: list[Unit], jobs: list[Job], held: dict[tuple[int, Kind], tor
             if entry is None:
                 continue
             grad, rule = entry
-            part = {k: held[unit.index, k][slot.offset : slot.offset + slot.numel] for k in unit.chunks if k is not Kind.GRAD}
-            kernels.adam_step(
-                part[Kind.PARAM], grad.memory.view(-1).clone(), part[Kind.EXP_AVG], part[Kind.EXP_AVG_SQ],
-                master=part.get(Kind.MASTER), step=rule.step, lr=rule.lr, beta1=rule.beta1, beta2=rule.beta2, eps=rule.eps,
-                weight_decay=rule.weight_decay, decoupled=rule.decoupled, maximize=rule.maximize, unscale=rule.unscale,
-                clip=rule.clip,
+            part = {k: held[unit.index, k][slot.offset : slot.offset + slot.numel] for k in unit.chunks if k not in (Kind.GRAD, Kind.SCALE)}
+            scale = held.get((unit.index, Kind.SCALE))
+            if scale is not None:
+                each = len(update.moments)
+                scale = scale[slot.offset // 64 * each : -(-(slot.offset + slot.numel) // 64) * each]
+            kernels.rule_step(
+                update, part[Kind.PARAM], grad.memory.view(-1).clone(), {name: part[Kind(name)] for name in update.moments},
+                master=part.get(Kind.MASTER), scale=scale, maximize=rule.maximize, unscale=rule.unscale, clip=rule.clip,
+                hyper=Hyper(rule.step, rule.lr, rule.beta1, rule.beta2, rule.eps, rule.weight_decay, rule.decoupled),
+                seed=slot.order,
             )  # fmt: skip
 
 
@@ -136,27 +140,29 @@ def test_the_pipeline_equals_an_update_done_at_once(tmp_path_factory: pytest.Tem
 def run_case(path: Path, case: dict) -> int:
     """Returns the bytes read, for tests that want to know that something was."""
     generator = torch.Generator().manual_seed(case["seed"])
-    model = Blocks(case["sizes"], case["dtype"])
+    state_format, dtype = case["format"]
+    model = Blocks(case["sizes"], dtype)
     units = partition(model)
-    state_format = "lossless" if case["dtype"] == torch.bfloat16 else "fp32"
-    placement = Placement(*case["tiers"], state_format)
+    placement = Placement(*case["tiers"], state_format, rule=case["rule"])
     make_chunks(units, {u.index: kinds_of(u, placement) for u in units}, ShardGeometry())
-    biggest = min(case["piece"], max(u.chunk.numel for u in units)) * 12
+    grain = units[0].grain
+    piece_elements = -(-case["piece"] // grain) * grain
+    biggest = min(piece_elements, max(u.chunk.numel for u in units)) * 12
     weights = max(sum(u.chunk.nbytes for u in units), 1 << 20)
     fronts = dict(enumerate(case["fronts"])) if placement.optimizer is Tier.NVME else {}
-    fronts = {u.index: min(fronts.get(u.index, 0), u.chunk.numel // 4096) * 4096 for u in units}
+    fronts = {u.index: min(fronts.get(u.index, 0), u.chunk.numel // grain) * grain for u in units}
     homes_ = Homes({(u.index, k): placement.home(k) for u in units for k in u.chunks}, fronts)
     host = biggest * case["room"] + (weights if any(c != "none" for c in case["cached"]) else 0)
     plan = MemoryPlan(
         placement, homes_, Caps(1 << 30, 1 << 30, 1 << 30), homes_.resident(units),
-        {Tier.HOST: host, Tier.DEVICE: weights}, {}, case["piece"], case["depth"], 0,
+        {Tier.HOST: host, Tier.DEVICE: weights}, {}, piece_elements, case["depth"], 0,
     )  # fmt: skip
     manager = build_manager(plan, torch.device("cpu"), str(path), {}, DebugMemory(random.Random(case["seed"]), through_host=True))
     try:
         for unit in units:
             for kind, chunk in unit.chunks.items():
-                front = fronts[unit.index] * chunk.itemsize if kind in STATES else 0
-                manager.create(chunk, placement.home(kind), front)
+                front = fronts[unit.index] if kind in STATES else 0
+                manager.create(chunk, placement.home(kind), chunk.bytes_of(front))
         fill_with_noise(manager, units, generator)
         expected = homes(manager, units)
         jobs, index = [], 0
@@ -170,19 +176,19 @@ def run_case(path: Path, case: dict) -> int:
                 index += 1
             if any(entries):
                 jobs.append(Job(unit, entries, whole=case["whole"]))
-        at_once(units, jobs, expected)
+        at_once(jobs, placement.rule, expected)
         for unit, how in zip(units, case["cached"], strict=False):
             cache(manager, unit, how)
         manager.traffic.nvme_read = 0
         everything = [u.chunk for u in units]
         on_device = case["on_device"] or placement.optimizer is Tier.DEVICE
         manager.lane.direct = not case["through_host"]
-        stager = Stager(manager, on_device, case["worker"])
+        stager = Stager(manager, on_device, case["worker"], placement.rule)
 
         def victims(_beyond: Unit | None):
             return lambda tier: [c for c in everything if manager.ledger.state(c, tier) is not CopyState.ABSENT]
 
-        queue = UpdateQueue(stager, case["piece"], case["depth"], victims)
+        queue = UpdateQueue(stager, piece_elements, case["depth"], victims)
         queue.add(jobs)
         for call, index in case["calls"]:
             unit = units[index % len(units)]
@@ -214,7 +220,8 @@ def check(manager: Manager, units: list[Unit], expected: dict[tuple[int, Kind], 
                 continue
             want = expected[unit.index, kind].view(torch.uint8)
             for slot in unit.slots:  # padding is nobody's
-                begin, end = slot.offset * chunk.itemsize, (slot.offset + slot.numel) * chunk.itemsize
+                begin = chunk.bytes_of(slot.offset)
+                end = begin + chunk.bytes_of(slot.numel)
                 assert torch.equal(found[unit.index, kind].view(torch.uint8)[begin:end], want[begin:end]), (unit.index, kind)
         check_copies(manager, unit, expected)
 
@@ -234,7 +241,7 @@ def check_copies(manager: Manager, unit: Unit, expected: dict[tuple[int, Kind], 
 @pytest.mark.parametrize("whole", [True, False])
 def test_what_is_staged_is_read_once(tmp_path: Path, depth: int, on_device: bool, whole: bool) -> None:
     case = {
-        "sizes": [[20_000, 5], [9_000]], "dtype": torch.float32, "tiers": (Tier.NVME, Tier.NVME), "piece": 8192,
+        "sizes": [[20_000, 5], [9_000]], "format": ("fp32", F32), "rule": ADAM, "tiers": (Tier.NVME, Tier.NVME), "piece": 8192,
         "depth": depth, "room": 6, "cached": ["none"] * 5, "without": set(), "seed": 1, "on_device": on_device,
         "fronts": [], "worker": False, "whole": whole, "through_host": True, "calls": [],
     }  # fmt: skip

@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tierflow.cpu_adam.formats import resolve
+from tierflow.cpu_adam.rules import LION
 from tierflow.scheduler import bandwidth
 from tierflow.scheduler.bandwidth import Paths, probe
 
@@ -19,7 +21,7 @@ CPU = torch.device("cpu")
 
 def test_every_path_in_use_has_a_rate_and_the_folder_is_as_it_was(tmp_path: Path) -> None:
     began = time.perf_counter()
-    rates = probe(Paths(CPU, str(tmp_path), {"queue_depth": 4}, torch.bfloat16, torch.int16, torch.bfloat16))
+    rates = probe(Paths(CPU, str(tmp_path), {"queue_depth": 4}, resolve("int8-24bit", torch.bfloat16), LION, torch.bfloat16))
     assert time.perf_counter() - began < 60  # the promise is two seconds on an idle machine
     assert all(0 < value < math.inf for value in vars(rates).values()), rates
     assert os.listdir(tmp_path) == []

@@ -41,14 +41,15 @@ class Stack(nn.Module):
 
 
 def states_of(engine: Any) -> dict[str, torch.Tensor]:
-    """The bytes of every weight, remainder and moment, read from their homes."""
+    """The bytes of every weight, remainder, moment and scale, read from their homes."""
     engine.settle()
     found = {}
     for unit in engine.units:
         for slot in unit.slots:
             for kind, chunk in unit.chunks.items():
                 if kind is not Kind.GRAD:
-                    span = slot.offset * chunk.itemsize, (slot.offset + slot.numel) * chunk.itemsize
+                    begin = chunk.bytes_of(slot.offset)
+                    span = begin, begin + chunk.bytes_of(slot.numel)
                     found[f"{slot.names[0]}.{kind.value}"] = read_bytes(engine.manager, chunk, *span, engine.victims())
     return found
 

@@ -124,7 +124,7 @@ def test_memory_is_called_no_drive(tune: Tune, tmp_path: Path) -> None:
         (("--size", "1MB"), ["--size is 1MB", "134 MB"]),
         (("--size", "1 elephant"), ["--size is 1 elephant", "size of at least 1 byte"]),
         (("--size", "100GB"), ["--size is 100GB", "2.5 GB"]),
-        (("--optimizer-state", "int8"), ["--optimizer-state", "lossless, fp32"]),
+        (("--optimizer-state", "int4"), ["--optimizer-state", "lossless, fp32, bf16, int8, int8-24bit"]),
         (("--parameters", "many"), ["--parameters", "13B"]),
         (("--sustained", "1GB", "--read-only"), ["--sustained", "--read-only"]),
         (("--output", "/nowhere/p.json"), ["/nowhere is no folder"]),

@@ -37,11 +37,14 @@ class Options:
     config: Path | None = None
     json: Path | None = None
     seed: int = 0
+    optimizer_state: str | None = None
 
 
 def effective_config(options: Options) -> Config:
     """The file's config, or all "auto", with what the command line says on top. Raises ConfigError and ValueError."""
     over: dict[str, Any] = {"zero_optimization": _placement(options), "tierflow": _caps(options)}
+    if options.optimizer_state is not None:
+        over["tierflow"]["optimizer_state"] = options.optimizer_state
     below = load_config(options.config)
     if below.optimizer is None or below.optimizer.params.lr is None:
         over["optimizer"] = {"params": {"lr": _LEARNING_RATE}}
@@ -61,7 +64,7 @@ def effective_config(options: Options) -> Config:
 _OPTIONS = {
     "device_memory": "--device-memory", "host_memory": "--host-memory", "nvme_path": "--nvme",
     "offload_param": "--param", "offload_optimizer": "--optimizer", "gradient_clipping": "--clip",
-    "gradient_accumulation_steps": "--accumulation", "train_micro_batch_size_per_gpu": "--batch",
+    "optimizer_state": "--optimizer-state", "gradient_accumulation_steps": "--accumulation", "train_micro_batch_size_per_gpu": "--batch",
 }  # fmt: skip
 
 
@@ -90,7 +93,7 @@ def _placement(options: Options) -> dict[str, Any]:
     return blocks
 
 
-def _caps(options: Options) -> dict[str, int]:
+def _caps(options: Options) -> dict[str, Any]:
     given = {"device_memory": options.device_memory, "host_memory": options.host_memory}
     return {key: read_size(_OPTIONS[key], text) for key, text in given.items() if text not in (None, "auto")}
 

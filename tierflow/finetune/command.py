@@ -102,8 +102,8 @@ def effective_config(options: Options) -> Config:
         over["gradient_accumulation_steps"] = options.accumulation
     if options.micro_batch is not None:
         over["train_micro_batch_size_per_gpu"] = options.micro_batch
-    if options.trace is not None:
-        over["tierflow"] = {"trace": str(options.trace)}
+    own = {"trace": None if options.trace is None else str(options.trace), "optimizer_state": options.optimizer_state}
+    over["tierflow"] = {name: value for name, value in own.items() if value is not None}
     return load_config(options.config, overrides=over)
 
 

@@ -37,6 +37,7 @@ class Options:
     nvme_path: tuple[Path, ...] = ()
     report: bool = False
     trace: Path | None = None
+    optimizer_state: str | None = None
 
     @property
     def swap(self) -> tuple[Path, ...]:

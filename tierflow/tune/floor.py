@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 
 from tierflow.scheduler.floor import drive_seconds
 from tierflow.scheduler.rates import Bandwidths
@@ -15,22 +16,32 @@ class Format:
     with the weights there too, which the forward and the backward each read once."""
 
     name: str
-    states: tuple[int, int]
-    everything: tuple[int, int]
+    states: tuple[float, float]
+    everything: tuple[float, float]
 
     @property
     def ratio(self) -> tuple[int, int]:
-        """Reads to writes while a step runs with everything on NVMe."""
-        return self.everything
+        """Reads to writes while a step runs with everything on NVMe, in whole numbers."""
+        scale = max(Fraction(n).denominator for n in self.everything)
+        return round(self.everything[0] * scale), round(self.everything[1] * scale)
 
 
-#: docs/tune.md has the sums: lossless keeps 2 + 2 + 4 + 4 bytes, fp32 4 + 4 + 4.
-FORMATS = {f.name: f for f in (Format("lossless", (10, 10), (14, 12)), Format("fp32", (8, 8), (16, 12)))}
+#: docs/tune.md has the sums: lossless keeps 2 + 2 + 4 + 4 bytes, fp32 4 + 4 + 4. All but fp32 for bf16 models.
+FORMATS = {
+    f.name: f
+    for f in (
+        Format("lossless", (10, 10), (14, 12)),
+        Format("fp32", (8, 8), (16, 12)),
+        Format("bf16", (6, 6), (10, 8)),
+        Format("int8", (4.125, 4.125), (8.125, 6.125)),
+        Format("int8-24bit", (3.125, 3.125), (7.125, 5.125)),
+    )
+}
 
 
-def step_seconds(parameters: int, traffic: tuple[int, int], rates: Bandwidths) -> float:
+def step_seconds(parameters: int, traffic: tuple[float, float], rates: Bandwidths) -> float:
     """Seconds that the drive is busy in a step; ``traffic``: bytes (read, written) per parameter."""
-    read, written = (parameters * nbytes for nbytes in traffic)
+    read, written = (round(parameters * nbytes) for nbytes in traffic)
     return drive_seconds(read, written, rates)
 
 

@@ -132,7 +132,7 @@ def floor_lines(profile: Profile, parameters: int, state: Format) -> list[str]:
     for name, (read, written) in placements:
         seconds = step_seconds(parameters, (read, written), rates)
         lines.append(
-            f"  {name}: {seconds:.2f} s  ({format_size(parameters * read)} read, {format_size(parameters * written)} written; "
+            f"  {name}: {seconds:.2f} s  ({format_size(round(parameters * read))} read, {format_size(round(parameters * written))} written; "
             f"{read} + {written} bytes per parameter)"
         )
     return lines
