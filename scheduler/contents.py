@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from tierflow.cpu_adam import kernels
@@ -133,6 +135,36 @@ def follow_user(manager: Manager, unit: Unit, slot: Slot, weights: torch.Tensor,
     held = read_bytes(manager, master, *slot_bytes(master, slot), victims).view(torch.float32)
     changed = held.to(unit.dtype) != weights
     _put(manager, master, slot, torch.where(changed, weights.float(), held), victims)
+
+
+class UserWrites:
+    """Weights on DEVICE whose master is kept elsewhere: a user can write them at any time (load_state_dict, say).
+
+    One that was written in place since the last ``note`` is the new master.
+    """
+
+    def __init__(self, manager: Manager, units: list[Unit]):
+        self._manager, self._units = manager, units
+        self._versions: dict[int, int] = {}
+
+    def _split_on_device(self) -> Iterator[tuple[Unit, Slot, torch.Tensor]]:
+        for unit in self._units:
+            if Kind.MASTER in unit.chunks and self._manager.home(unit.chunk) is Tier.DEVICE:
+                yield from ((unit, s, p) for s, p in zip(unit.slots, unit.params, strict=True))
+
+    def note(self) -> None:
+        """What the weights are now is what their masters say."""
+        self._versions = {id(p): p._version for _, _, p in self._split_on_device()}
+
+    def follow(self, victims: Victims) -> None:
+        """Makes masters agree with what was written."""
+        for unit, slot, p in self._split_on_device():
+            if p._version != self._versions[id(p)]:
+                follow_user(self._manager, unit, slot, p.detach().cpu(), victims)
+
+    def master_came_too(self, unit: Unit) -> None:
+        """The unit's weights were replaced together with their master."""
+        self._versions.update({id(p): p._version for p in unit.params if id(p) in self._versions})
 
 
 def _put(manager: Manager, chunk: Chunk, slot: Slot, values: torch.Tensor, victims: Victims) -> None:

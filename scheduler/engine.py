@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,10 +14,9 @@ import psutil
 import torch
 from torch import nn
 
-from tierflow import aio
 from tierflow.scheduler.bandwidth import paths_of, probe
 from tierflow.scheduler.binding import Binder, raw
-from tierflow.scheduler.contents import follow_user, read_parameter, store_parameter, write_back
+from tierflow.scheduler.contents import UserWrites, read_parameter, store_parameter, write_back
 from tierflow.scheduler.due import DueUpdates
 from tierflow.scheduler.gradients import GradContext, GradSlot, weakly, while_alive
 from tierflow.scheduler.guard import EvictedParameterError, describe
@@ -35,10 +34,10 @@ from tierflow.scheduler.speculation import PATIENCE, Speculation
 from tierflow.scheduler.stager import Stager
 from tierflow.scheduler.trace import NEVER, Recorder
 from tierflow.scheduler.traffic import default_order
-from tierflow.scheduler.units import Slot, Unit
+from tierflow.scheduler.units import Unit
 from tierflow.scheduler.update import UpdateQueue
 from tierflow.scheduler.watch import ComputeWatch, watch_model
-from tierflow.swap import CapacityError, Chunk, Kind, Lanes, Lease, Ledger, Manager, Tier, Traffic
+from tierflow.swap import CapacityError, Chunk, Kind, Lanes, Lease, Manager, Tier, Traffic
 
 log = logging.getLogger("tierflow")
 
@@ -86,7 +85,7 @@ class Engine:
         self._looks = 0
         self._pins: dict[int, int] = {}
         self._where = {id(p): (u, s) for u in units for s, p in zip(u.slots, u.params, strict=True)}
-        self._versions: dict[int, int] = {}
+        self.user_writes = UserWrites(manager, units)
         self._generation = dict.fromkeys(range(len(units)), 0)
         self._patience = 0 if update == "speculative" else PATIENCE
         self.due = self._make_updates(update != "immediate" and self._has_waits(update))
@@ -135,7 +134,7 @@ class Engine:
             self.due.speculation = Speculation(
                 self.updates, self.recorder, self.units, self.slots, self._busy, self.binder.shut, self._patience
             )  # fmt: skip
-        self._note_versions()
+        self.user_writes.note()
         named = ((c.id, f"{u.label} {kind.value}") for u in self.units for kind, c in u.chunks.items())
         self.manager.timeline.names.update(named)
         if hooked:
@@ -238,8 +237,8 @@ class Engine:
             self.usable()
         self.due.settle(units)
         if units is None:  # what is saved now is to agree with weights that the user has written
-            self._follow_users()
-            self._note_versions()
+            self.user_writes.follow(self.victims())
+            self.user_writes.note()
 
     def refuse(self) -> None:
         """The step that ``expect_step`` announced does not come: nothing was updated."""
@@ -387,7 +386,7 @@ class Engine:
             raise RuntimeError("optimizer.step() inside `with tierflow.gathered(...)`: leave the block first")
         self.due.settle_unused()
         ready = {id(s.param): s for s in slots}
-        self._follow_users()
+        self.user_writes.follow(self.victims())
         jobs = []
         for unit in self.units:
             entries = [(ready[id(p)], rules[id(p)]) if id(p) in ready else None for p in unit.params]
@@ -398,7 +397,7 @@ class Engine:
             self._generation[job.unit.index] += 1
             with raw():
                 torch.autograd.graph.increment_version(job.unit.params)
-        self._note_versions()
+        self.user_writes.note()
         if self.recorder.step_ended() and self.recorder.departures and not self._warned:
             self._warned = True
             log.warning("the order in which modules run has changed between steps; prefetch follows the new order")
@@ -415,21 +414,6 @@ class Engine:
         if not self.manager.ledger.valid(unit.chunk, Tier.DEVICE):
             return False
         return self._aliased(unit.chunk, self.manager.memory(unit.chunk, Tier.DEVICE))
-
-    def _split_on_device(self) -> Iterator[tuple[Unit, Slot, torch.Tensor]]:
-        """Weights that a user can write at any time while their master is kept elsewhere."""
-        for unit in self.units:
-            if Kind.MASTER in unit.chunks and self.manager.home(unit.chunk) is Tier.DEVICE:
-                yield from ((unit, s, p) for s, p in zip(unit.slots, unit.params, strict=True))
-
-    def _note_versions(self) -> None:
-        self._versions = {id(p): p._version for _, _, p in self._split_on_device()}
-
-    def _follow_users(self) -> None:
-        """A weight that was written in place since the last step (load_state_dict, say) is the new master."""
-        for unit, slot, p in self._split_on_device():
-            if p._version != self._versions[id(p)]:
-                follow_user(self.manager, unit, slot, p.detach().cpu(), self.victims())
 
     def report(self, lanes: Lanes | None = None, steps: int = 1) -> Report:
         """Where the time of the last finished step went (or ``lanes``, the mean of ``steps``), beside its floor.
@@ -487,7 +471,7 @@ class Engine:
         """The home copy was replaced from outside: caches are dropped, saved weights are out of date."""
         self.manager.wrote(unit.chunk, self.manager.home(unit.chunk))
         self._generation[unit.index] += 1
-        self._versions.update({id(p): p._version for p in unit.params if id(p) in self._versions})  # its master came too
+        self.user_writes.master_came_too(unit)
 
     # ---- the end
 
@@ -516,23 +500,3 @@ class Engine:
         self.manager.close()
         for tier in (Tier.DEVICE, Tier.HOST):
             self.manager.pools[tier].resident.arena.close()
-
-
-def build_manager(
-    plan: MemoryPlan, device: torch.device, nvme_path: str | Sequence[str] | None, aio_options: dict[str, Any], debug: Any = None
-) -> Manager:
-    """Allocates the arenas and the store exactly as the plan says. Raises OSError naming the path."""
-    from tierflow.scheduler.memory import make_lane, make_pools
-
-    store = None
-    if plan.total(Tier.NVME):
-        assert nvme_path is not None
-        store = aio.open(nvme_path, plan.total(Tier.NVME), **aio_options)
-    budgets = {t: plan.total(t) for t in Tier}
-    try:
-        pools = make_pools(plan, device, debug)
-        return Manager(Ledger(budgets), pools, store, make_lane(device, debug))
-    except BaseException:
-        if store is not None:
-            store.close()
-        raise

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from tierflow import aio
 from tierflow.scheduler.plan import MemoryPlan
-from tierflow.swap import Arena, CudaArena, CudaLane, DebugMemory, HostLane, Pool, Tier, TierPools
+from tierflow.swap import Arena, CudaArena, CudaLane, DebugMemory, HostLane, Ledger, Manager, Pool, Tier, TierPools
 from tierflow.swap.arena import REGISTER_BYTES
 from tierflow.swap.lanes import DeviceLane
 
@@ -19,6 +21,25 @@ log = logging.getLogger("tierflow")
 STAGING_BYTES = 32 << 20
 
 _said: set[str] = set()
+
+
+def build_manager(
+    plan: MemoryPlan, device: torch.device, nvme_path: str | Sequence[str] | None, aio_options: dict[str, Any],
+    debug: DebugMemory | None = None,
+) -> Manager:
+    """Allocates the arenas and the store exactly as the plan says. Raises OSError naming the path."""
+    store = None
+    if plan.total(Tier.NVME):
+        assert nvme_path is not None
+        store = aio.open(nvme_path, plan.total(Tier.NVME), **aio_options)
+    budgets = {t: plan.total(t) for t in Tier}
+    try:
+        pools = make_pools(plan, device, debug)
+        return Manager(Ledger(budgets), pools, store, make_lane(device, debug))
+    except BaseException:
+        if store is not None:
+            store.close()
+        raise
 
 
 def make_lane(device: torch.device, debug: DebugMemory | None = None) -> DeviceLane:

@@ -21,7 +21,8 @@ from tierflow.cpu_adam.rules import ADAGRAD, ADAM, LION, Rule
 from tierflow.fill import Source, fill, from_model
 from tierflow.loss_scale import LossScale
 from tierflow.optimizer import OffloadOptimizer, check_group, defaults_of, groups_of
-from tierflow.scheduler.engine import Engine, build_manager
+from tierflow.scheduler.engine import Engine
+from tierflow.scheduler.memory import build_manager
 from tierflow.scheduler.placement import DoesNotFit, Placement, Together, kinds_of
 from tierflow.scheduler.plan import MemoryPlan, make_plan, second_slots, table_text
 from tierflow.scheduler.traffic import default_order, estimate

@@ -15,10 +15,10 @@ from tierflow.cpu_adam import kernels
 from tierflow.cpu_adam.rules import ADAGRAD, ADAM, LION, Hyper
 from tierflow.cpu_adam.rules import Rule as UpdateRule
 from tierflow.scheduler.contents import read_bytes, write_bytes
-from tierflow.scheduler.engine import build_manager
 from tierflow.scheduler.gradients import GradContext, GradSlot
 from tierflow.scheduler.homes import Homes
 from tierflow.scheduler.jobs import Job
+from tierflow.scheduler.memory import build_manager
 from tierflow.scheduler.placement import Caps, Placement, kinds_of
 from tierflow.scheduler.plan import MemoryPlan
 from tierflow.scheduler.rules import Rule
