@@ -129,7 +129,7 @@ def working_needs(
     landing = [0] if placement.direct else sorted(u.chunk.nbytes for u in from_nvme)
     grain = max((u.grain for u in staged), default=IO_BYTES)
     # norms and biases, exact beside matrices in a lossy format, go in one piece each: they do not set the others' size
-    cut = [u for u in staged if u.chunk.numel > grain] or staged
+    cut = [u for u in staged if not u.exact or u.chunk.numel > grain] or staged
     per_element = max((staged_bytes(u) for u in cut), default=Fraction(0))
     largest = max((u.chunk.numel for u in cut), default=0)
     smallest = max((staged_bytes(u) * min(max(u.chunk.numel, u.grain), grain) for u in staged), default=0)

@@ -14,12 +14,6 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 LOSSY = [("bf16", F32), ("bf16", BF16), ("bf16", F16), ("int8", F32), ("int8", BF16), ("int8", F16), ("int8-24bit", BF16)]
 EXACT = [("fp32", F32), ("lossless", BF16), ("fp32", BF16), ("fp32", F16)]
 RULES = {"adam": ADAM, "lion": LION, "adagrad": ADAGRAD}
-STEPS = {"adam": reference.adam_step, "lion": reference.lion_step, "adagrad": reference.adagrad_step}
-USED = {
-    "adam": ("lr", "beta1", "beta2", "eps", "weight_decay", "decoupled"),
-    "lion": ("lr", "beta1", "beta2", "weight_decay"),
-    "adagrad": ("lr", "eps", "weight_decay"),
-}
 HYPER = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 1e-2, "decoupled": True}
 WIDEST = 16
 
@@ -51,20 +45,21 @@ def gradient(n, dtype, seed):
     return (torch.randn(n, generator=gen) * 10 ** (torch.rand(n, generator=gen) * 6 - 6)).to(dtype)
 
 
-def by_kernel(rule, state, grad, step, *, seed=3, index=0, isa=None, threads=None, scaling=None, **options):
+def by_kernel(rule, state, grad, step, **options):
+    _by(kernels.rule_step, rule, state, grad, step, **options)
+
+
+def by_reference(rule, state, grad, step, **options):
+    _by(reference.rule_step, rule, state, grad, step, **options)
+
+
+def _by(function, rule, state, grad, step, *, seed=3, index=0, scaling=None, **options):
+    where = {name: options.pop(name) for name in ("isa", "threads") if name in options}
     hyper = Hyper(step, **{**HYPER, **options})
     moments = {name: state[name] for name in RULES[rule].moments}
-    kernels.rule_step(
+    function(
         RULES[rule], state["param"], grad, moments, hyper=hyper, master=state.get("master"), scale=state.get("scale"),
-        seed=seed, index=index, isa=isa, threads=threads, **(scaling or {}),
-    )  # fmt: skip
-
-
-def by_reference(rule, state, grad, step, *, seed=3, index=0, scaling=None, **options):
-    hyper = {k: {**HYPER, **options}[k] for k in USED[rule]}
-    STEPS[rule](
-        state["param"], grad, *(state[name] for name in RULES[rule].moments), master=state.get("master"),
-        scale=state.get("scale"), step=step, seed=seed, index=index, **hyper, **(scaling or {}),
+        seed=seed, index=index, **where, **(scaling or {}),
     )  # fmt: skip
 
 
@@ -360,6 +355,6 @@ def test_bad_arguments(changes, error, message):
     state = fresh("int8", F32, 100)
     arguments = {"index": 0, "master": None, **state, **changes}
     param = arguments.pop("param")
-    hyper = {k: HYPER[k] for k in USED["adam"]}
+    hyper = dict(HYPER)
     with pytest.raises(error, match=message):
         kernels.adam_step(param, torch.zeros(100), step=1, **hyper, **arguments)

@@ -80,7 +80,7 @@ def refused(kind: type[BaseException] | tuple[type[BaseException], ...], words: 
         ({"gradient_clipping": "tight"}, "gradient_clipping.*tight"),
         ({"gradient_clipping": -1.0}, "gradient_clipping"),
         ({"gradient_accumulation_steps": 1.5}, "gradient_accumulation_steps"),
-        ({"optimizer": {"type": "Lion"}}, "Lion.*AdamW"),
+        ({"optimizer": {"type": "SGD"}}, "SGD.*AdamW"),
         ({"optimizer": {"type": "AdamW", "params": {"lr": "fast"}}}, "optimizer.params.lr.*fast"),
         ({"optimizer": {"type": "AdamW", "params": {"betas": [0.9]}}}, "optimizer.params.betas"),
         ({"tierflow": {"optimizer_state": "int3"}}, "tierflow.optimizer_state.*int3"),

@@ -281,7 +281,7 @@ def test_fp32_weights_keep_what_the_format_has_room_for(tmp_path: Path, place: s
             half = held[f"{name}.param"].view(torch.int16).long() << 16
             joined = (half + (held[f"{name}.master"].view(torch.int8).long() << 8)).to(torch.int32)
             error = (joined.view(F32) - p.view(-1)).abs()
-            unit = torch.ldexp(torch.tensor([1.0]), torch.frexp(p.view(-1)).exponent - 16)  # of the 24-bit pattern's last place
+            unit = 2.0 ** (torch.frexp(p.view(-1)).exponent - 16)  # of the 24-bit pattern's last place
             assert bool((error <= unit).all()) and (error <= unit / 2).float().mean() > 0.99
     model.load_state_dict({n: torch.full_like(p, 0.5) for n, p in before.items()})
     optimizer.engine.settle()

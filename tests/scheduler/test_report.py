@@ -165,7 +165,7 @@ def test_the_first_report_measures_and_later_ones_do_not(tmp_path, monkeypatch) 
     first, second = engine.report(), engine.report()
     assert str(first) == str(second) and len(asked) == 1
     assert asked[0].nvme_path == [str(tmp_path)] and asked[0].format.param is torch.float32
-    assert asked[0].master_dtype is None and not asked[0].update_on_device
+    assert asked[0].format.master is None and not asked[0].update_on_device
     optimizer.close()
 
 
