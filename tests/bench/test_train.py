@@ -101,7 +101,7 @@ def test_a_cut_model_says_it_is_none(shape: Path, tmp_path: Path) -> None:
         (("--optimizer", "nvme"), "give --nvme PATH"),
         (("--nvme", "nowhere"), "--nvme nowhere: no such folder"),
         (("--nvme", ".", "--nvme", "nowhere"), "--nvme nowhere: no such folder"),
-        (("--nvme", ".", "--nvme", "."), "expected different paths"),
+        (("--nvme", ".", "--nvme", "."), "a list of different paths"),
         (("--dtype", "fp8"), "--dtype fp8"),
         (("--sequence-length", "65"), "has 64 positions"),
         (("--param", "cpu", "--optimizer", "device"), "offload_optimizer is --optimizer"),
