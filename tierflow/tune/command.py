@@ -69,11 +69,10 @@ def _measure(options: Options, job: Job, facts: Facts, doubts: list[str], budget
     first = Setting(facts.engines[0], aio.DEFAULT_BLOCK_SIZE, aio.DEFAULT_QUEUE_DEPTH, 1, pages[-1])
     with Progress(console, budget) as progress:
         finding = find(rig, space, first, small, job.size, progress)
-        took, written = budget.elapsed, budget.written
         lasting = _sustain(job, rig, finding, progress) if job.sustained else None
     found = _profile(options, job, facts, doubts, rig, finding)
     return found.model_copy(
-        update={"seconds": round(took, 2), "bytes_written": written if lasting is None else budget.written, "sustained": lasting}
+        update={"seconds": round(budget.elapsed, 2), "bytes_written": budget.written, "sustained": lasting}
     )
 
 
