@@ -3,10 +3,11 @@
     python benchmarks/bench_aio.py --peers fio,deepspeed --path DIR [--deepspeed-python PYTHON] [--json PATH]
 
 Sequential reads, writes and a mixed load (as many reads as writes), one file and two, with requests of several sizes
-and equally many bytes in flight for everyone. tierflow is called from Python, once for each request or, where it takes
-several, once for an eighth of what is in flight. Every contender works on the unnamed files that tierflow's stores
-made, in a session of its own whose scheduling group is raised while it is measured. --tune SECONDS runs `tierflow tune`
-first and then checks that a plain run with its profile gives the profile's figures, with fio beside it.
+and equally many bytes in flight for everyone, on huge pages and on the very same scattered 4 KiB pages for all.
+tierflow is called from Python, once for each request or, where it takes several, once for an eighth of what is in
+flight. Every contender works on the unnamed files that tierflow's stores made, in a session of its own whose
+scheduling group is raised while it is measured. --tune SECONDS runs `tierflow tune` first and then checks that a plain
+run with its profile gives the profile's figures, with fio beside it. --priorities adds what reads that go first are worth.
 Only ratios within one run carry over.
 """
 
@@ -26,6 +27,7 @@ from typing import Any
 
 from aio.contenders import Contender, Field
 from aio.plain import check_profile
+from aio.priorities import check_priorities
 from aio.summary import ratios, row
 from rich.console import Console
 from rich.table import Table
@@ -56,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     add("--files", nargs="+", type=int, choices=(1, 2), default=[1, 2], metavar="N", help="1, 2 or both")
     add("--rounds", type=int, default=5, metavar="N", help="times that each contender runs a load")
     add("--tune", type=float, metavar="SECONDS", help="run `tierflow tune` and check its profile by a plain run")
+    add("--priorities", action="store_true", help="also a waiting reader beside many writes, with and without priorities")
     add("--json", type=Path, metavar="PATH")
     add("--smoke", action="store_true", help="small and once: shows that it works, measures nothing")
     return found
@@ -126,9 +129,8 @@ def in_flight(request: int, file_size: int) -> int:
 
 def measure(field: Field, kind: str, request: int, rounds: int) -> dict[str, dict[str, Any]]:
     """Every contender once a round, each round beginning with another."""
-    total = field.file_bytes * len(field.files)
-    # a byte written wears a drive: half the file shows as much
-    nbytes = (total if kind == "read" else total // 2) // request * request
+    # as much of two files as of one; a byte written wears a drive: half of it shows as much
+    nbytes = (field.file_bytes if kind == "read" else field.file_bytes // 2) // request * request
     run = field.run(kind, request, in_flight(request, field.file_bytes), nbytes)
     samples: dict[str, list[dict[str, Any]]] = {c.key: [] for c in field.contenders}
     for number in range(rounds):
@@ -146,14 +148,14 @@ def show(console: Console, cells: list[dict[str, Any]]) -> None:
     """A row for each load, a column for each contender, and the ratios."""
     keys = list(cells[0]["rows"])
     table = Table(title=f"{cells[0]['files']} file(s), GB/s (kernel's CPU seconds per GiB)", title_justify="left")
-    for heading in ("load", *keys, "to best, huge", "to best, 4k", "to DeepSpeed", "pages"):
+    for heading in ("load", *keys, "to best, huge", "to best, 4k", "to DeepSpeed", "... huge", "... 4k", "pages"):
         table.add_column(heading, justify="left" if heading == "load" else "right")
     for cell in cells:
         words = [f"{cell['kind']} {cell['request'] >> 10} KiB x {cell['in_flight']}"]
         for key in keys:
             r = cell["rows"][key]
             words.append("failed" if "error" in r else f"{r['rate'] / 1e9:.2f} ({r['kernel_per_gib']:.3f})")
-        for name in ("to_best_huge", "to_best_4k", "to_deepspeed", "pages"):
+        for name in ("to_best_huge", "to_best_4k", "to_deepspeed", "to_deepspeed_huge", "to_deepspeed_4k", "pages"):
             words.append(f"{cell['ratios'][name]:.2f}" if name in cell["ratios"] else "")
         table.add_row(*words)
     console.print(table)
@@ -177,6 +179,9 @@ def main() -> None:
         both = [str(args.path), str(args.second or second)]
         if args.tune:
             result["profile"] = check_profile(both[0], args.tune, args.rounds, "fio" in args.chosen, console)
+            keep()
+        if args.priorities:
+            result["priorities"] = check_priorities(both[0], args.file_size, args.rounds, console)
             keep()
         for count in args.files:
             with Field(both[:count], args.file_size, OPTIONS, IN_FLIGHT) as field:

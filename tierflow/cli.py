@@ -65,7 +65,7 @@ def finetune(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from OUTPUT/checkpoint.")] = False,
     prompt: Annotated[str | None, typer.Option(help="Prompt of the sample; default the first held-out text.")] = None,
     optimizer_state: Annotated[str | None, typer.Option(help="State format: auto, fp32, lossless, bf16, int8 or int8-24bit; the last three are lossy.")] = None,
-    nvme_path: Annotated[list[Path] | None, typer.Option(help="Swap folder if the config names none, or several; default OUTPUT/swap.")] = None,
+    nvme_path: Annotated[Paths | None, typer.Option(help="Swap folder if the config names none, again for each further one; default OUTPUT/swap.")] = None,
     report: Annotated[bool, typer.Option("--report", help="Say at the end where a step's time went and what bounds it.")] = False,
     trace: Annotated[Path | None, typer.Option(help="Chrome trace of steps 2 to 4 for Perfetto (JSON).")] = None,
 ) -> None:
@@ -93,7 +93,7 @@ def bench_train(
     shape: Annotated[str, typer.Option(help="llama-1b, -3b, -7b, -8b, -13b, -70b, or a Hugging Face config file or folder.")],
     device_memory: Annotated[str | None, typer.Option(help="Cap on device memory, as 24GB; with CUDA on all the process takes of it.")] = None,
     host_memory: Annotated[str | None, typer.Option(help="Cap on what tierflow holds in host memory.")] = None,
-    nvme: Annotated[Path | None, typer.Option(help="Folder on the drive for what lives on NVMe.")] = None,
+    nvme: Annotated[Paths | None, typer.Option(help="Folder on the drive for what lives on NVMe; again for each further one.")] = None,
     param: Annotated[str | None, typer.Option(help="Where weights live: device, cpu, nvme or auto.")] = None,
     optimizer: Annotated[str | None, typer.Option(help="Where optimizer states live: device, cpu, nvme or auto.")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16; auto: bfloat16 on an accelerator, else float32.")] = "auto",
@@ -116,7 +116,7 @@ def bench_train(
     from tierflow.bench.options import Options
 
     options = Options(
-        shape, device_memory, host_memory, nvme, param, optimizer, dtype, batch, accumulation, sequence_length, steps,
+        shape, device_memory, host_memory, tuple(nvme or ()), param, optimizer, dtype, batch, accumulation, sequence_length, steps,
         layers, checkpointing, clip, head_chunk, private_memory, config, json, seed, optimizer_state,
     )  # fmt: skip
     console = Console()
@@ -127,7 +127,7 @@ def bench_train(
 @app.command()
 def tune(
     paths: Annotated[Paths, typer.Argument(help="Folders on the drives; several are used at once.", metavar="PATH...")],
-    time: Annotated[float, typer.Option(help="Seconds that the run takes at most.")] = 60.0,
+    time: Annotated[float, typer.Option(help="Seconds that all of it takes at most, --sustained apart.")] = 60.0,
     size: Annotated[str, typer.Option(help="Bytes of the file that the result is measured on, for each path.")] = "1GiB",
     read_only: Annotated[bool, typer.Option("--read-only", help="Measure reads alone; each file is still written once.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the profile on stdout, everything else on stderr.")] = False,
@@ -146,11 +146,11 @@ def tune(
 
 
 @app.command()
-def env(path: Annotated[Path | None, typer.Option(help="A folder to check for O_DIRECT and free space.")] = None) -> None:
+def env(path: Annotated[Paths | None, typer.Option(help="A folder to check for O_DIRECT and free space; again for each further one.")] = None) -> None:
     """Say what this machine can do for each part, and why not."""
     from tierflow.env import render
 
-    render(None if path is None else str(path))
+    render(path or ())
 
 
 class _errors:

@@ -7,7 +7,7 @@ import importlib.util
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -30,12 +30,11 @@ class Check:
     remedy: str = ""
 
 
-def collect(path: str | os.PathLike[str] | None = None) -> list[Check]:
-    """Every check, in the order of the report; ``path`` is the directory for the swap store, if one is meant.
+def collect(paths: Sequence[str | os.PathLike[str]] = ()) -> list[Check]:
+    """Every check, in the order of the report; ``paths`` are the directories of the swap store, if any are meant.
 
     Never raises: a check that fails is itself a finding.
     """
-    where = os.fspath(path) if path is not None else os.getcwd()
     checks: list[tuple[str, Callable[[], Check]]] = [
         ("Python", _python),
         ("torch", _torch),
@@ -47,11 +46,14 @@ def collect(path: str | os.PathLike[str] | None = None) -> list[Check]:
         ("locked memory", _memlock),
         ("huge pages", _huge_pages),
         ("io_uring", _io_uring),
-        ("O_DIRECT", lambda: _direct(where)),
-        ("disk", lambda: _disk(where)),
+        *(pair for path in paths or (os.getcwd(),) for pair in _of_folder(os.fspath(path))),
         ("finetune", _finetune),
     ]
     return [_guarded(name, check) for name, check in checks]
+
+
+def _of_folder(path: str) -> list[tuple[str, Callable[[], Check]]]:
+    return [("O_DIRECT", lambda: _direct(path)), ("disk", lambda: _disk(path))]
 
 
 def _guarded(name: str, check: Callable[[], Check]) -> Check:
@@ -62,7 +64,7 @@ def _guarded(name: str, check: Callable[[], Check]) -> Check:
         return Check(name, "missing", f"the check itself failed with {reason}", "report this, with the whole table")
 
 
-def render(path: str | os.PathLike[str] | None = None, console: Console | None = None) -> bool:
+def render(paths: Sequence[str | os.PathLike[str]] = (), console: Console | None = None) -> bool:
     """Prints the report. Returns whether nothing is missing."""
     from rich.console import Console
     from rich.table import Table
@@ -72,7 +74,7 @@ def render(path: str | os.PathLike[str] | None = None, console: Console | None =
     table = Table(title="What this machine can do for tierflow", title_justify="left")
     for heading in ("part", "", "here"):
         table.add_column(heading, overflow="fold")
-    checks = collect(path)
+    checks = collect(paths)
     for check in checks:
         found = Text(check.detail)
         if check.remedy:

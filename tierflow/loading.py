@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import nn
 from tierflow.offloading import ConfigLike, offload
 from tierflow.optimizer import OffloadOptimizer
 from tierflow.scheduler.units import Slot
+from tierflow.settings import Folders
 from tierflow.weights import WeightFiles, WeightsError
 
 
@@ -23,7 +24,7 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     param_groups: Callable[[nn.Module], Any] | None = None,
-    nvme_path: str | Sequence[str] | None = None,
+    nvme_path: Folders | None = None,
     owned_loop: bool = False,
 ) -> tuple[nn.Module, OffloadOptimizer]:
     """Builds ``model_class`` from a Hugging Face folder and streams its safetensors to the tiers.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +36,7 @@ from tierflow.scheduler.units import (
     units_together,
 )
 from tierflow.settings import (
+    Folders,
     Settings,
     drive_settings,
     make_caps,
@@ -58,7 +59,7 @@ def offload(
     *,
     optimizer: torch.optim.Optimizer | None = None,
     param_groups: Iterable[Any] | None = None,
-    nvme_path: str | Sequence[str] | None = None,
+    nvme_path: Folders | None = None,
     source: Source | None = None,
     owned_loop: bool = False,
     debug_memory: DebugMemory | None = None,
@@ -198,7 +199,7 @@ def _cast_inputs(_model: nn.Module, args: Any, kwargs: Any) -> Any:
 
 def make_run(
     model: nn.Module, cfg: Config, device: torch.device, trained: set[int],
-    nvme_path: str | Sequence[str] | None,
+    nvme_path: Folders | None,
     owned_loop: bool = False, direct: bool = True, rule: Rule | None = None,
 ) -> tuple[list[Unit], MemoryPlan, Settings]:  # fmt: skip
     """Units, plan and settings; nothing is allocated. Raises DoesNotFit and ConfigError.

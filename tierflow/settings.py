@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from tierflow.scheduler.placement import Caps
     from tierflow.scheduler.rates import Bandwidths
 
+#: One folder, or several that make one store.
+Folders = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
 #: Of what is free now, the share that "auto" takes; the rest is for activations, autograd and everything else.
 AUTO_SHARE = 0.6
 #: A disk is not filled to the brim.
@@ -98,12 +101,18 @@ def make_caps(config: Config, device: torch.device, nvme_paths: Sequence[str], w
     return Caps(dev, host, nvme, have)
 
 
-def nvme_directories(config: Config, default: str | Sequence[str] | None) -> tuple[str, ...]:
-    """The folders for the swap store: the config's, else ``default``, which is made; empty without either."""
+def nvme_directories(config: Config, default: Folders | None) -> tuple[str, ...]:
+    """The folders for the swap store: the config's, else ``default``, which is made; empty without either.
+
+    Raises ConfigError where ``default`` has one twice, OSError where it cannot be made.
+    """
     zero = config.zero_optimization
     given = zero.offload_param.nvme_path or zero.offload_optimizer.nvme_path
-    paths = given or default or ()
-    paths = (os.fspath(paths),) if isinstance(paths, (str, os.PathLike)) else tuple(map(os.fspath, paths))
+    named: Folders = given or default or ()
+    several = (named,) if isinstance(named, (str, os.PathLike)) else named
+    paths = tuple(os.fspath(one) for one in several)
+    if len({os.path.abspath(path) for path in paths}) < len(paths):
+        raise ConfigError(f"nvme_path is {', '.join(paths)}: expected different folders, one for each drive")
     for path in paths if given is None else ():
         os.makedirs(path, exist_ok=True)
     return paths

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -18,6 +18,7 @@ from tierflow.fill import Source
 from tierflow.offloading import ConfigLike, offload
 from tierflow.optimizer import OffloadOptimizer
 from tierflow.scheduler.report import Report
+from tierflow.settings import Folders
 from tierflow.swap import DebugMemory
 
 #: (model, micro-batch) -> its share of the step's loss, to run backward from.
@@ -30,7 +31,7 @@ def initialize(
     *,
     optimizer: torch.optim.Optimizer | None = None,
     param_groups: Iterable[Any] | None = None,
-    nvme_path: str | Sequence[str] | None = None,
+    nvme_path: Folders | None = None,
     source: Source | None = None,
     debug_memory: DebugMemory | None = None,
 ) -> TrainingEngine:

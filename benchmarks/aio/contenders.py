@@ -9,10 +9,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from aio import with_fio
+from aio.pages import PAGE, Scattered
 from aio.worker import Run, Worker
 
 HERE = Path(__file__).parents[1]
@@ -22,7 +24,8 @@ DEEPSPEED_TENSOR = 64 << 20
 
 @dataclass(frozen=True)
 class Contender:
-    """``name``: as in the table. ``pages``: "huge" or "4k". ``ask``: carries out a run."""
+    """``name``: as in the table. ``pages``: "huge", "4k" (the same ones for all) or "shipped" (its own, as they come).
+    ``ask``: carries out a run."""
 
     name: str
     pages: str
@@ -46,31 +49,31 @@ class Field:
         self._tierflow = self._start([sys.executable, "-m", "aio.with_tierflow", json.dumps(spec)], dict(os.environ))
         self.files: list[str] = self._tierflow.hello["files"]
         self.facts["tierflow"] = {k: v for k, v in self._tierflow.hello.items() if k != "files"}
-        for huge in (True, False):
-            self._add("tierflow", huge, lambda run, huge=huge: self._tierflow.ask(run | {"huge": huge}))
+        self._scattered = Scattered(max(window + PAGE, 2 * DEEPSPEED_TENSOR))  # fio takes a page more than it uses
+        self.facts["contiguous 4k"] = self._scattered.contiguous
+        self._add("tierflow", ("huge", "4k"), self._tierflow.ask)
 
     def add_fio(self) -> None:
         """fio with both engines, on both kinds of pages where it gets them."""
         if shutil.which("fio") is None:
             self.missing["fio"] = "fio is not installed (Debian: apt-get install fio)"
             return
-        probe = self.run("read", 1 << 20, min(32, self.file_bytes >> 20), self.file_bytes) | {"huge": True}
+        probe = self.run("read", 1 << 20, min(32, self.file_bytes >> 20), self.file_bytes)
         got = with_fio.huge_page_bytes(probe)
         version = subprocess.run(["fio", "--version"], capture_output=True, text=True).stdout.strip()
         self.facts["fio"] = {"version": version, "huge_page_bytes": got}
         if not got:
             self.missing["fio, huge"] = "fio gets no anonymous huge pages here: glibc.malloc.hugetlb needs glibc 2.35"
         for engine in ("io_uring", "libaio"):
-            for huge in (True, False) if got else (False,):
-                self._add(f"fio {engine}", huge, lambda run, e=engine, huge=huge: with_fio.measure(e, run | {"huge": huge}))
+            self._add(f"fio {engine}", ("huge", "4k") if got else ("4k",), partial(with_fio.measure, engine))
 
     def add_deepspeed(self, python: str | None) -> None:
-        """DeepSpeed's engine as it comes, and on huge pages by the same tunable as fio."""
+        """DeepSpeed's engine as it comes, on everyone's small pages, and on huge pages by the same tunable as fio."""
         if python is None:
             self.missing["deepspeed"] = "no --deepspeed-python; benchmarks/peers/install_deepspeed.sh makes what it needs"
             return
-        for huge in (False, True):
-            environment = dict(os.environ) | (with_fio.TUNABLE if huge else {})
+        for pages in ("shipped", "4k", "huge"):
+            environment = dict(os.environ) | (with_fio.TUNABLE if pages == "huge" else {})
             environment.pop("PYTHONPATH", None)
             # DeepSpeed looks for ninja there
             environment["PATH"] = os.pathsep.join([os.path.dirname(python), environment.get("PATH", "")])
@@ -80,18 +83,20 @@ class Field:
             except RuntimeError as error:
                 self.missing["deepspeed"] = str(error)
                 return
-            self.facts[f"deepspeed, {'huge' if huge else '4k'}"] = worker.hello
-            self._add("deepspeed", huge, worker.ask)
+            self.facts[f"deepspeed, {pages}"] = worker.hello
+            self._add("deepspeed", (pages,), worker.ask)
 
     def run(self, kind: str, request: int, in_flight: int, nbytes: int) -> Run:
         """What a contender is asked."""
         return {
             "kind": kind, "request": request, "in_flight": in_flight, "nbytes": nbytes, "files": self.files,
-            "file_bytes": self.file_bytes,
+            "file_bytes": self.file_bytes, "scattered": "",
         }  # fmt: skip
 
-    def _add(self, name: str, huge: bool, ask: Callable[[Run], dict[str, Any]]) -> None:
-        self.contenders.append(Contender(name, "huge" if huge else "4k", ask))
+    def _add(self, name: str, pages: tuple[str, ...], ask: Callable[[Run], dict[str, Any]]) -> None:
+        for kind in pages:
+            more = {"scattered": self._scattered.path if kind == "4k" else ""}
+            self.contenders.append(Contender(name, kind, lambda run, more=more: ask(run | more)))
 
     def _start(self, command: list[str], environment: dict[str, str]) -> Worker:
         self._workers.append(Worker(command, environment, str(HERE)))
@@ -103,3 +108,4 @@ class Field:
     def __exit__(self, *exc: object) -> None:
         for worker in self._workers:
             worker.close()
+        self._scattered.close()

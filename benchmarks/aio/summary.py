@@ -26,7 +26,8 @@ def row(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """tierflow to the best of all others with the same pages, to DeepSpeed as it comes, and what pages alone give."""
+    """tierflow to the best of all others with the same pages, to DeepSpeed as it comes and with the same pages, and what
+    pages alone give."""
     rate = {key: r["rate"] for key, r in rows.items() if "rate" in r}
     found: dict[str, float] = {}
     for pages in ("huge", "4k"):
@@ -34,11 +35,12 @@ def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
         others = [r for key, r in rate.items() if key.endswith(f", {pages}") and not key.startswith("tierflow")]
         if own and others:
             found[f"to_best_{pages}"] = own / max(others)
-    own, shipped = rate.get("tierflow, huge"), rate.get("deepspeed, 4k")
+    own, shipped = rate.get("tierflow, huge"), rate.get("deepspeed, shipped")
     if own and shipped:
         found["to_deepspeed"] = own / shipped
-    if shipped and "tierflow, 4k" in rate:
-        found["to_deepspeed_4k"] = rate["tierflow, 4k"] / shipped
+    for pages in ("huge", "4k"):
+        if f"tierflow, {pages}" in rate and f"deepspeed, {pages}" in rate:
+            found[f"to_deepspeed_{pages}"] = rate[f"tierflow, {pages}"] / rate[f"deepspeed, {pages}"]
     if own and "tierflow, 4k" in rate:
         found["pages"] = own / rate["tierflow, 4k"]
     return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from functools import partial
 
 os.environ["DS_ACCELERATOR"] = "cpu"
@@ -19,6 +20,7 @@ import deepspeed
 import torch
 from deepspeed.ops.op_builder import AsyncIOBuilder
 
+from aio.pages import contiguous_at, put_in_place
 from aio.worker import Run, serve
 
 
@@ -30,12 +32,26 @@ class Contender:
         self.load = AsyncIOBuilder().load(verbose=False)
         self.keeper = self.load.aio_handle(1 << 20, 32, False, True, 1)
         self.tensors = [self._tensor() for _ in range(2)]
+        self.scattered = ""
         self.handles: dict[tuple[int, int], object] = {}
 
     def _tensor(self) -> torch.Tensor:
         tensor = self.keeper.new_cpu_locked_tensor(self.window, torch.empty(0, dtype=torch.uint8))
         tensor.copy_(torch.randint(0, 256, (self.window,), dtype=torch.uint8))
         return tensor
+
+    def facts(self) -> dict[str, object]:
+        """What its own memory is like."""
+        found = contiguous_at(self.tensors[0].data_ptr(), self.window)
+        return {"version": deepspeed.__version__, "huge_bytes": self.huge_bytes(), "contiguous": found}
+
+    def prepare(self, run: Run) -> Callable[[], int]:
+        """On its own pages, or on everyone's small ones in their place."""
+        if run["scattered"] != self.scattered:
+            self.scattered = run["scattered"]
+            for number, tensor in enumerate(self.tensors):
+                put_in_place(self.scattered, number * self.window, tensor.data_ptr(), self.window)
+        return partial(self.measure, run)
 
     def huge_bytes(self) -> int:
         """Bytes of this process on huge pages."""
@@ -64,7 +80,7 @@ class Contender:
 
 def main() -> None:
     contender = Contender(json.loads(sys.argv[1])["window"])
-    serve({"version": deepspeed.__version__, "huge_bytes": contender.huge_bytes()}, lambda run: partial(contender.measure, run))
+    serve(contender.facts(), contender.prepare)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""fio, one process a run. Its buffers come from malloc; a tunable of glibc (2.35 and newer) puts them on huge pages.
+"""fio, one process a run. Its buffers are everyone's small pages, or come from malloc: a tunable of glibc (2.35 and
+newer) puts those on huge pages.
 
 fio itself offers huge pages of hugetlbfs (which a system must have set aside) and of shared memory, and no anonymous
 ones; the tunable makes malloc ask for these with madvise.
@@ -20,18 +21,19 @@ _MODES = {"read": "read", "write": "write", "mixed": "rw"}
 
 def command(engine: str, run: Run) -> list[str]:
     """fio's command line."""
+    memory = f"mmapshared:{run['scattered']}" if run["scattered"] else "malloc"
     # files take turns request by request, the bytes are those of all of them together
     return [
         "fio", "--name=run", f"--filename={':'.join(run['files'])}", f"--rw={_MODES[run['kind']]}", f"--bs={run['request']}",
         f"--iodepth={run['in_flight']}", f"--ioengine={engine}", "--direct=1", f"--filesize={run['file_bytes']}",
-        f"--io_size={run['nbytes']}", "--file_service_type=roundrobin:1", "--iomem=malloc", "--thread", "--fallocate=none",
+        f"--io_size={run['nbytes']}", "--file_service_type=roundrobin:1", f"--iomem={memory}", "--thread", "--fallocate=none",
         "--allow_file_create=0", "--randrepeat=0", "--output-format=json",
     ]  # fmt: skip
 
 
 def measure(engine: str, run: Run) -> dict[str, Any]:
     """As worker.timed, from fio's own clock; "error" where it failed."""
-    environment = dict(os.environ) | (TUNABLE if run["huge"] else {})
+    environment = dict(os.environ) | ({} if run["scattered"] else TUNABLE)
     environment.pop("PYTHONPATH", None)
     done = subprocess.run(
         command(engine, run), env=environment, capture_output=True, text=True, start_new_session=True,

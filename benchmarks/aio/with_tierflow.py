@@ -6,9 +6,7 @@ hello tells where under /proc the other contenders find them.
 
 from __future__ import annotations
 
-import ctypes
 import json
-import mmap
 import os
 import sys
 from collections import deque
@@ -16,22 +14,9 @@ from collections.abc import Callable
 from functools import partial
 from itertools import cycle, islice
 
+from aio.pages import mapped, own
 from aio.worker import Run, serve
 from tierflow import aio
-
-HUGE = 2 << 20
-
-
-def memory(nbytes: int, huge: bool) -> memoryview:
-    """Memory that begins on a huge page's border and lies on huge pages, or on 4 KiB pages."""
-    made = mmap.mmap(-1, nbytes + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    made.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
-    begin = -ctypes.addressof(ctypes.c_char.from_buffer(made)) % HUGE
-    content = os.urandom(1 << 20)
-    for at in range(0, nbytes, len(content)):
-        made[begin + at : begin + at + len(content)] = content
-    return memoryview(made)[begin : begin + nbytes]
-
 
 #: In the queue there are so many calls at least, so that it never drains; requests beyond that share a call.
 CALLS = 8
@@ -58,8 +43,8 @@ class Contender:
         return found
 
     def prepare(self, run: Run) -> Callable[[], int]:
-        """Fresh memory: which physical pages lie beside each other is luck that no contender should keep for good."""
-        return partial(self.measure, run, memory(self.window, run["huge"]))
+        """On fresh huge pages, or on everyone's small ones."""
+        return partial(self.measure, run, mapped(run["scattered"]) if run["scattered"] else own(self.window))
 
     def measure(self, run: Run, buffer: memoryview) -> int:
         """Keeps "in_flight" requests under way until "nbytes" have been moved."""
@@ -92,7 +77,7 @@ class Contender:
 
     def fill(self) -> None:
         """Writes every byte once: unwritten blocks are not read from the drive."""
-        buffer = memory(self.window, huge=True)
+        buffer = own(self.window)
         for at in range(0, self.nbytes, len(buffer)):
             self.store.write(buffer[: min(len(buffer), self.nbytes - at)], self.begin + at).wait()
 

@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-#: What each run needs to know: "kind" (read, write, mixed), "request" and "nbytes" in bytes, "in_flight" requests.
+#: What each run needs to know: "kind" (read, write, mixed), "request" and "nbytes" in bytes, "in_flight" requests,
+#: "files", and in "scattered" where everyone's 4 KiB pages are, or "" for memory of the contender's own.
 Run = dict[str, Any]
 
 

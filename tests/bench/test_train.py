@@ -34,7 +34,7 @@ def bench(shape: Path | str, where: Path, *arguments: str) -> subprocess.Complet
     return subprocess.run(command, capture_output=True, text=True, cwd=where, timeout=300)
 
 
-def least(shape: Path, where: Path, **more: object) -> dict[str, str]:
+def least(shape: Path, *where: Path, **more: object) -> dict[str, str]:
     """The caps that leave as much as can be on NVMe."""
 
     def offer(caps: dict[str, int]) -> None:
@@ -71,6 +71,21 @@ def test_everything_on_nvme(shape: Path, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["out.json"]  # the store is gone
 
 
+def test_two_folders_make_one_store(shape: Path, tmp_path: Path) -> None:
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    caps = least(shape, *folders)
+    words = [word for folder in folders for word in ("--nvme", folder.name)]
+    done = bench(
+        shape, tmp_path, *words, "--param", "nvme", "--optimizer", "nvme", "--device-memory", caps["device_memory"],
+        "--host-memory", caps["host_memory"], "--sequence-length", "16", "--steps", "2", "--json", "out.json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "NVMe: a, b through" in done.stdout
+    assert json.loads((tmp_path / "out.json").read_text())["options"]["nvme"] == ["a", "b"]
+
+
 def test_a_cut_model_says_it_is_none(shape: Path, tmp_path: Path) -> None:
     done = bench(shape, tmp_path, "--layers", "2", "--steps", "1", "--sequence-length", "8", "--json", "out.json", "--optimizer-state", "int8")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -86,6 +101,8 @@ def test_a_cut_model_says_it_is_none(shape: Path, tmp_path: Path) -> None:
         (("--param", "gpu"), "--param gpu: expected one of device, cpu, nvme, auto"),
         (("--optimizer", "nvme"), "give --nvme PATH"),
         (("--nvme", "nowhere"), "--nvme nowhere: no such folder"),
+        (("--nvme", ".", "--nvme", "nowhere"), "--nvme nowhere: no such folder"),
+        (("--nvme", ".", "--nvme", "."), "a list of different paths"),
         (("--dtype", "fp8"), "--dtype fp8"),
         (("--sequence-length", "65"), "has 64 positions"),
         (("--param", "cpu", "--optimizer", "device"), "offload_optimizer is --optimizer"),
@@ -131,7 +148,7 @@ def losses(shape: Path, **more: object) -> list[tuple[float, float]]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_same_seed_gives_the_same_losses_wherever_the_state_lives(shape: Path, tmp_path: Path, dtype: str) -> None:
     near = losses(shape, param="device", optimizer="device", dtype=dtype)
-    far = losses(shape, nvme=tmp_path, dtype=dtype, **EVERYTHING, **least(shape, tmp_path, dtype=dtype))
+    far = losses(shape, nvme=(tmp_path,), dtype=dtype, **EVERYTHING, **least(shape, tmp_path, dtype=dtype))
     assert near == far
     assert near != losses(shape, dtype=dtype, seed=1)
 
@@ -142,7 +159,7 @@ def test_a_chunked_head_agrees_between_placements_and_nearly_with_the_whole(
 ) -> None:
     monkeypatch.setattr(deliver_in_blocks, "__defaults__", (1 << 12, 1 << 11))
     near = losses(shape, param="device", optimizer="device", dtype=dtype, head_chunk=4)
-    far = losses(shape, nvme=tmp_path, dtype=dtype, head_chunk=4, **EVERYTHING, **least(shape, tmp_path, dtype=dtype))
+    far = losses(shape, nvme=(tmp_path,), dtype=dtype, head_chunk=4, **EVERYTHING, **least(shape, tmp_path, dtype=dtype))
     assert near == far
     whole = losses(shape, dtype=dtype)
     tolerance = 1e-5 if dtype == "float32" else 1e-2

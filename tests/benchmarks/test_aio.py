@@ -30,7 +30,7 @@ def drive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def result(drive: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("result") / "aio.json"
-    done = bench("--smoke", "--peers", "fio,deepspeed", "--path", drive, "--tune", 2, "--json", path)
+    done = bench("--smoke", "--peers", "fio,deepspeed", "--path", drive, "--tune", 2, "--priorities", "--json", path)
     assert done.returncode == 0, done.stderr
     assert "no --deepspeed-python" in done.stdout
     found: dict[str, Any] = json.loads(path.read_text())
@@ -73,6 +73,13 @@ def test_the_profile_was_run_plainly(result: dict[str, Any]) -> None:
     for load in loads.values():
         plain = next(row for key, row in load["rows"].items() if key.startswith("tierflow"))
         assert load["ratio"] == plain["rate"] / load["profile"]
+
+
+def test_priorities_were_looked_at_with_both_directions_moving(result: dict[str, Any]) -> None:
+    assert [(load["reads"], load["writes"]) for load in result["priorities"]] == [(2, 24), (4, 24), (16, 16)]
+    for load in result["priorities"]:
+        for row in load["rows"].values():
+            assert row["read"] > 0 and 0 < row["p50"] <= row["p99"] and len(row["samples"]) == result["rounds"]
 
 
 def test_nothing_is_left_and_no_folder_of_this_machine_is_told(result: dict[str, Any], drive: Path) -> None:

@@ -96,6 +96,29 @@ def test_everything_on_nvme_from_the_command_line(folder: Path, tmp_path: Path) 
     assert not (out / "swap").exists()
 
 
+def test_two_folders_for_nvme_and_the_same_losses(folder: Path, tmp_path: Path) -> None:
+    named = [str(tmp_path / name) for name in "ab"]
+    listed = json.loads(Path(config(tmp_path / "c.json", tierflow=tight(folder))).read_text())
+    for block in listed["zero_optimization"].values():
+        block["nvme_path"] = named
+    (tmp_path / "listed.json").write_text(json.dumps(listed))
+    ways = {
+        "one": ("--config", str(tmp_path / "c.json")),
+        "two": ("--config", str(tmp_path / "c.json"), "--nvme-path", named[0], "--nvme-path", named[1]),
+        "listed": ("--config", str(tmp_path / "listed.json")),  # --nvme-path made the folders, a config does not
+    }
+    losses = {}
+    for way, arguments in ways.items():
+        done = run(folder, tmp_path / way, *arguments, "--steps", "3")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert (f"NVMe: {', '.join(named)} through" in done.stdout) == (way != "one")
+        losses[way] = [s["loss"] for s in json.loads((tmp_path / way / "metrics.json").read_text())["steps"]]
+    assert losses["one"] == losses["two"] == losses["listed"]
+    assert all(list(Path(name).iterdir()) == [] for name in named)
+    twice = run(folder, tmp_path / "twice", *ways["one"], "--nvme-path", named[0], "--nvme-path", named[0], "--steps", "1")
+    assert twice.returncode == 1 and "expected different folders" in twice.stdout, twice.stdout + twice.stderr
+
+
 def test_report_and_trace_of_a_run(folder: Path, tmp_path: Path) -> None:
     out, trace = tmp_path / "out", tmp_path / "trace.json"
     done = run(

@@ -152,7 +152,7 @@ NAMES = [
 
 
 def test_env_on_this_machine(tmp_path: Path) -> None:
-    checks = env.collect(tmp_path)
+    checks = env.collect([tmp_path])
     assert [c.name for c in checks] == NAMES
     assert not [c for c in checks if "check itself failed" in c.detail]
     assert all(c.status == "ok" or c.remedy or c.name in ("io_uring", "O_DIRECT", "CUDA") for c in checks)
@@ -161,10 +161,19 @@ def test_env_on_this_machine(tmp_path: Path) -> None:
 
 def test_env_prints_every_check(tmp_path: Path) -> None:
     out = io.StringIO()
-    complete = env.render(str(tmp_path / "absent"), Console(file=out, width=200))
+    complete = env.render([str(tmp_path / "absent")], Console(file=out, width=200))
     text = out.getvalue()
     assert not complete and all(name in text for name in NAMES)
     assert "no swap store can be made" in text and "name a directory that exists" in text
+
+
+def test_env_looks_at_each_folder(tmp_path: Path) -> None:
+    folders = [tmp_path / "a", tmp_path / "b"]
+    folders[0].mkdir()
+    found = [c for c in env.collect(folders) if c.name in ("O_DIRECT", "disk")]
+    assert [c.name for c in found] == ["O_DIRECT", "disk"] * 2
+    assert str(folders[0]) in found[0].detail and found[0].status != "missing"
+    assert str(folders[1]) in found[2].detail and found[2].status == "missing"
 
 
 def test_env_tells_what_stands_in_the_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -175,7 +184,7 @@ def test_env_tells_what_stands_in_the_way(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(machine, "huge_pages", lambda: "never")
     monkeypatch.setattr(machine, "disk_free", lambda path: 1)
     monkeypatch.setenv("TIERFLOW_ISA", "scalar")
-    found = {c.name: c for c in env.collect(tmp_path)}
+    found = {c.name: c for c in env.collect([tmp_path])}
     for name in ("control group", "locked memory", "huge pages", "disk", "update kernels"):
         assert found[name].status == "limited" and found[name].remedy, name
     assert "ulimit -l" in found["locked memory"].remedy
@@ -186,5 +195,5 @@ def test_a_check_that_fails_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> Non
         raise PermissionError("no")
 
     monkeypatch.setattr(machine, "mem_total", broken)
-    (memory,) = [c for c in env.collect(os.curdir) if c.name == "host memory"]
+    (memory,) = [c for c in env.collect([os.curdir]) if c.name == "host memory"]
     assert memory.status == "missing" and "PermissionError: no" in memory.detail

@@ -36,7 +36,7 @@ def test_a_short_run_says_and_writes_all_that_it_promises(tune: Tune, drive: Pat
     found = read_profile(output)
     assert list(drive.iterdir()) == []
     assert 0 < found.bytes_written < 20 * 10**9
-    assert found.read.samples == 5 and found.write and found.mixed and found.mixed.read > 0 and found.mixed.write > 0
+    assert (found.read.samples == 5 or not found.complete) and found.write and found.mixed and found.mixed.read > 0 and found.mixed.write > 0
     if found.tried:  # a machine that is busy with others may have no time for any
         assert output.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
         assert found.tried[0].score == max(t.score for t in found.tried)

@@ -15,7 +15,7 @@ from profiles import profile
 import tierflow
 from tierflow import machine
 from tierflow.config import ConfigError, load_config
-from tierflow.settings import available, drive_settings
+from tierflow.settings import available, drive_settings, nvme_directories
 from tierflow.swap import Tier
 
 
@@ -52,6 +52,17 @@ def test_a_run_spreads_its_bytes_by_the_profiles_weights_and_has_the_same_bits(f
             optimizer.close()
     assert shares[0] == pytest.approx(0.75, abs=0.05) and shares[1] == pytest.approx(0.5, abs=0.05)
     assert losses[0] == losses[1] == losses[2]
+
+
+def test_path_objects_will_do_wherever_a_folder_is_named(folders: list[str], tmp_path: Path) -> None:
+    paths, new = [Path(folder) for folder in folders], tmp_path / "new"
+    auto, listed = load_config({}), load_config({"zero_optimization": {"offload_optimizer": {"nvme_path": folders}}})
+    assert nvme_directories(auto, paths) == nvme_directories(listed, new) == tuple(folders)
+    assert not new.exists()  # the config's folders come first, and only a default is made
+    assert nvme_directories(auto, new) == (str(new),) and new.is_dir()
+    assert nvme_directories(auto, None) == ()
+    with pytest.raises(ConfigError, match="expected different folders"):
+        nvme_directories(auto, [new, f"{tmp_path}/./new"])
 
 
 def test_a_missing_folder_is_named(folders: list[str]) -> None:

@@ -52,4 +52,4 @@ def test_a_run_writes_what_was_asked_for_and_says_when_it_went_round(tmp_path: P
 
 
 def test_wear_is_told_in_bytes_and_share() -> None:
-    assert "200 GB" in wear(200 * 10**9) and "0.03%" in wear(200 * 10**9)
+    assert "200 GB" in wear(200 * 10**9) and "0.033%" in wear(200 * 10**9) and "0.0013%" in wear(8 * 10**9)

@@ -180,6 +180,7 @@ def _results(run: Run, records: list[StepRecord], found: dict[str, Any], report:
     options, engine = run.options, run.optimizer.engine
     plan, store = engine.plan, engine.manager.store
     given = {k: str(v) if hasattr(v, "__fspath__") else v for k, v in asdict(options).items()}
+    given["nvme"] = [str(folder) for folder in options.nvme]
     return {
         "command": ["tierflow", *sys.argv[1:]],
         "options": given,
@@ -193,7 +194,7 @@ def _results(run: Run, records: list[StepRecord], found: dict[str, Any], report:
             "hardware": _hardware(run), "torch": torch.__version__, "python": platform.python_version(),
             "kernel": platform.release(), "threads": torch.get_num_threads(),
             "nvme": None if store is None else {
-                "file_system": machine.file_system(store.path), "direct": store.direct, "engine": store.engine,
+                "file_system": "+".join(sorted({machine.file_system(p.path) for p in store.paths})), "direct": store.direct, "engine": store.engine,
             },
         },
         "placement": {"param": plan.placement.param.name, "optimizer": plan.placement.optimizer.name},

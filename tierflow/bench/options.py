@@ -21,7 +21,7 @@ class Options:
     shape: str
     device_memory: str | None = None
     host_memory: str | None = None
-    nvme: Path | None = None
+    nvme: tuple[Path, ...] = ()
     param: str | None = None
     optimizer: str | None = None
     dtype: str = "auto"
@@ -85,11 +85,12 @@ def _placement(options: Options) -> dict[str, Any]:
         if value not in _TIERS:
             raise ValueError(f"{option} {value}: expected one of {', '.join(_TIERS)}")
         blocks[block]["device"] = _TIERS[value]
-    if options.nvme is not None:
-        if not options.nvme.is_dir():
-            raise ValueError(f"--nvme {options.nvme}: no such folder; make it on the drive that is to be used")
+    for folder in options.nvme:
+        if not folder.is_dir():
+            raise ValueError(f"--nvme {folder}: no such folder; make it on the drive that is to be used")
+    if options.nvme:
         for block in blocks.values():
-            block["nvme_path"] = str(options.nvme)
+            block["nvme_path"] = [str(folder) for folder in options.nvme]
     return blocks
 
 

@@ -87,8 +87,7 @@ def prepare(options: Options) -> Run:
         model = _build(options, shape, dtype)
         config = _hold_process(config, device, model, options)
         std = float(getattr(shape.config.get_text_config(), "initializer_range", None) or 0.02)
-        path = None if options.nvme is None else str(options.nvme)
-        engine = initialize(model, config, nvme_path=path, source=random_weights(options.seed, std))
+        engine = initialize(model, config, source=random_weights(options.seed, std))
     except ConfigError as error:
         raise ConfigError(*(in_options(p) for p in error.problems)) from None
     except DoesNotFit as error:
@@ -148,8 +147,7 @@ def _limit_private_memory(options: Options) -> None:
 
 
 def _untried(options: Options) -> str:
-    path = "" if options.nvme is not None else "\nnothing was tried on NVMe: give --nvme PATH for that"
-    return path
+    return "" if options.nvme else "\nnothing was tried on NVMe: give --nvme PATH for that"
 
 
 def _hold_process(config: Config, device: torch.device, model: nn.Module, options: Options) -> Config:

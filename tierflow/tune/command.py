@@ -34,6 +34,8 @@ from tierflow.tune.sustained import Sustained, wear, write_on
 
 #: A candidate's file, next to that of the result; and the largest that is of use for a short look.
 CANDIDATE_SHARE, CANDIDATE_BYTES = 8, 96 << 20
+#: Seconds kept back for the heat map.
+DRAWING = 2.0
 
 
 def tune(options: Options, console: Console) -> Profile:
@@ -42,6 +44,7 @@ def tune(options: Options, console: Console) -> Profile:
     Raises ValueError and OSError for what a user can put right, ImportError where the heat map cannot be drawn.
     """
     job = understand(options)
+    budget = Budget(options.time - min(DRAWING, options.time / 10))
     facts = look(job.paths)
     console.print(report.device_table(facts))
     doubts = cautions(facts)
@@ -49,7 +52,6 @@ def tune(options: Options, console: Console) -> Profile:
         console.print(f"[yellow]note:[/] {line}", highlight=False, soft_wrap=True)
     if job.sustained is not None:
         console.print(f"[yellow]wear:[/] {wear(job.sustained)}", highlight=False, soft_wrap=True)
-    budget = Budget(options.time)
     with _stopped_cleanly(console, budget):
         profile = _measure(options, job, facts, doubts, budget, console)
         _tell(profile, options, job, console)
@@ -67,11 +69,10 @@ def _measure(options: Options, job: Job, facts: Facts, doubts: list[str], budget
     first = Setting(facts.engines[0], aio.DEFAULT_BLOCK_SIZE, aio.DEFAULT_QUEUE_DEPTH, 1, pages[-1])
     with Progress(console, budget) as progress:
         finding = find(rig, space, first, small, job.size, progress)
-        took, written = budget.elapsed, budget.written
         lasting = _sustain(job, rig, finding, progress) if job.sustained else None
     found = _profile(options, job, facts, doubts, rig, finding)
     return found.model_copy(
-        update={"seconds": round(took, 2), "bytes_written": written if lasting is None else budget.written, "sustained": lasting}
+        update={"seconds": round(budget.elapsed, 2), "bytes_written": budget.written, "sustained": lasting}
     )
 
 
@@ -100,13 +101,13 @@ def _profile(options: Options, job: Job, facts: Facts, doubts: list[str], rig: R
         command=shlex.join(["tierflow", *sys.argv[1:]]),
         paths=job.paths, weights=[w / sum(rig.weights) for w in rig.weights], engine=best.engine,
         block_size=best.block_size, queue_depth=best.queue_depth, rings=best.rings, huge_pages=best.huge_pages,
-        size=job.size, mixed_ratio=FORMATS[options.optimizer_state].ratio,
+        size=finding.size, mixed_ratio=FORMATS[options.optimizer_state].ratio,
         read=_load(finding.figures["read"]),
         write=_load(finding.figures["write"]) if "write" in finding.figures else None,
         mixed=_load(finding.figures["mixed"]) if "mixed" in finding.figures else None,
         effects={knob: {str(value): round(ratio, 4) for value, ratio in values} for knob, values in effects(finding).items()},
         tried=[Tried(**dataclasses.asdict(s), score=score, rates={str(k): v for k, v in rates.items()}) for s, score, rates in finding.tried],
-        complete=finding.outcome.complete, seconds=0.0, bytes_written=0, cautions=doubts,
+        complete=finding.complete, seconds=0.0, bytes_written=0, cautions=doubts,
         machine={
             "device": device, "cpu": cpu.name, "cores": cpu.cores, "kernel": platform.release(),
             "refused_settings": finding.refused, **dataclasses.asdict(facts),
@@ -128,7 +129,9 @@ def _tell(profile: Profile, options: Options, job: Job, console: Console) -> Non
         console.print(report.effects_table(profile))
     lines = []
     if not profile.complete:
-        lines.append("seconds or bytes ran out before the search was through: a longer --time may find better")
+        lines.append("seconds or bytes ran out before all was looked at as often as meant: a longer --time may find better")
+    if profile.size < job.size:
+        lines.append(f"the drive took {format_size(profile.size)} of --size {format_size(job.size)} in the time: the figures are of so much")
     if profile.sustained:
         lines += report.sustained_lines(Sustained(**profile.sustained))
     if job.parameters:

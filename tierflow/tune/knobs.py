@@ -51,12 +51,18 @@ class Space:
     queue_depth: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     rings: tuple[int, ...] = (1, 2)
     huge_pages: tuple[bool, ...] = (False, True)
+    most_in_flight: int = MOST_IN_FLIGHT  #: a power of two
 
     def allows(self, setting: Setting) -> bool:
         """Whether it lies inside, its bytes in flight included."""
         inside = all(getattr(setting, knob) in getattr(self, knob) for knob in KNOBS)
         shared = setting.rings == 1 or (setting.engine == "io_uring" and setting.rings <= setting.queue_depth)
-        return inside and shared and LEAST_IN_FLIGHT <= setting.in_flight <= MOST_IN_FLIGHT
+        return inside and shared and LEAST_IN_FLIGHT <= setting.in_flight <= self.most_in_flight
+
+    def within(self, setting: Setting) -> Setting:
+        """The same with fewer blocks in flight, and if need be smaller ones, so that ``most_in_flight`` allows it."""
+        block = min(setting.block_size, self.most_in_flight)
+        return replace(setting, block_size=block, queue_depth=min(setting.queue_depth, self.most_in_flight // block))
 
     def starts(self, count: int, seed: int = 0) -> list[Setting]:
         """``count`` different settings, each value of each knob about equally often among them."""

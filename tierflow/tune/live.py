@@ -48,7 +48,8 @@ class Progress(Watcher):
             self._refresh(force=True)
         else:
             line = f"{self._budget.elapsed:5.1f} s  {text}"
-            self._console.print(line + (f"; best so far {self._best[1]}: {self._best[2]}" if self._best[1] else ""), highlight=False)
+            best = f"; best so far {self._best[1]}: {self._best[2]}" if self._best[1] else ""
+            self._console.print(line + best, highlight=False, soft_wrap=True)
 
     def _look(self, candidate: Candidate) -> None:
         self._looks += 1

@@ -73,11 +73,14 @@ def run(
     )  # fmt: skip
 
 
-def fill(store: aio.Store, offsets: list[int], pieces: list[memoryview]) -> int:
-    """Writes at every offset once and returns the bytes: reading what was never written would not reach the drive."""
+def fill(store: aio.Store, offsets: list[int], pieces: list[memoryview], seconds: float = float("inf")) -> list[int]:
+    """Writes at each offset once and returns those reached: reading what was never written would not reach the drive.
+
+    ``seconds`` end it early, but not before there is a place for each of ``pieces``.
+    """
     began = time.perf_counter()
-    tickets = _transfer(store, (("write", offset) for offset in offsets), pieces, began, Limits(float("inf")))
-    return sum(t.nbytes for t in tickets)
+    done = _transfer(store, (("write", offset) for offset in offsets), pieces, began, Limits(seconds))
+    return offsets[: len(done)]
 
 
 def _wanted(kind: Kind, offsets: list[int], share: tuple[int, int]) -> Iterator[tuple[str, int]]:
@@ -109,7 +112,7 @@ def _transfer(
     try:
         for number, (op, offset) in enumerate(wanted):
             enough = time.perf_counter() - began > limits.seconds or written >= limits.written
-            if enough and number >= len(pieces) * 3 // 2:
+            if enough and number >= least_transfers(len(pieces)):
                 break
             if len(under_way) == len(pieces):
                 ended.append(under_way.popleft())
@@ -122,6 +125,11 @@ def _transfer(
     if failed is not None:
         raise failed
     return ended + list(under_way)
+
+
+def least_transfers(pieces: int) -> int:
+    """What a load moves however short its limits: with less there would be no full queue to speak of."""
+    return pieces * 3 // 2
 
 
 def _settle(under_way: deque[aio.Ticket]) -> aio.AioError | None:

@@ -17,6 +17,8 @@ from tierflow.tune.stores import lay_out, open_store
 
 #: Transfers are as large as the pieces that the offload block moves, or one block where that is more.
 TRANSFER = 4 << 20
+#: Transfers under way on each path where one fills the queue: two wait behind it.
+LEAST_PIECES = 3
 
 
 class Rig:
@@ -38,20 +40,24 @@ class Rig:
     def pieces(self, setting: Setting, transfer: int) -> list[memoryview]:
         """Enough for a full queue on every path and two transfers that wait behind it."""
         full = -(-setting.in_flight // transfer)
-        return self.pages(setting.huge_pages).pieces(transfer)[: (full + 2) * len(self.paths)]
+        return self.pages(setting.huge_pages).pieces(transfer)[: (full + LEAST_PIECES - 1) * len(self.paths)]
 
-    def candidate(self, setting: Setting, nbytes: int) -> Candidate:
-        """With files of ``nbytes`` on each path, filled. Raises OSError where a store refuses."""
-        return Candidate(self, setting, nbytes)
+    def candidate(self, setting: Setting, nbytes: int, seconds: float = float("inf")) -> Candidate:
+        """With files of ``nbytes`` on each path, filled as far as ``seconds`` allow. Raises OSError where a store refuses."""
+        return Candidate(self, setting, nbytes, seconds)
 
 
 @dataclass
 class Candidate:
-    """A setting with its store and every sample that was taken of it. A context manager."""
+    """A setting with its store and every sample that was taken of it. A context manager.
+
+    ``nbytes``: of each path's file; afterwards, the part of it that was filled and is used.
+    """
 
     rig: Rig
     setting: Setting
     nbytes: int
+    fill_seconds: float
     samples: dict[Kind, list[Sample]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -60,8 +66,11 @@ class Candidate:
         try:
             self._transfer = max(TRANSFER, self.setting.block_size)
             self._pieces = self.rig.pieces(self.setting, self._transfer)
-            self._offsets = lay_out(self.store, self._transfer)
-            self.rig.budget.written += load.fill(self.store, self._offsets, self._pieces)
+            places = lay_out(self.store, self._transfer)
+            self._offsets = load.fill(self.store, places, self._pieces, self.fill_seconds)
+            self.rig.budget.written += len(self._offsets) * self._transfer
+            if len(self._offsets) < len(places):
+                self.nbytes = self.nbytes * len(self._offsets) // len(places) // 4096 * 4096
         except BaseException:
             self.close()
             raise

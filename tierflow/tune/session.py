@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from tierflow import aio
 from tierflow.tune import load
-from tierflow.tune.knobs import Setting, Space
+from tierflow.tune.knobs import MOST_IN_FLIGHT, Setting, Space
 from tierflow.tune.load import Kind, Limits, Sample
-from tierflow.tune.rig import Candidate, Rig
+from tierflow.tune.rig import LEAST_PIECES, TRANSFER, Candidate, Rig
 from tierflow.tune.search import Outcome, search
 from tierflow.tune.stores import lay_out, open_store
 
@@ -24,6 +25,11 @@ FINAL_LOOKS = 5
 NEAR = 12
 #: Seconds kept back for the result's figures, of the whole.
 KEPT_BACK = 0.2
+#: Of a run's seconds, what a slow drive may take at most: to fill a path's file first, to fill a candidate's files, and
+#: to empty a full queue.
+FIRST_SHARE, FILL_SHARE, QUEUE_SHARE = 0.04, 0.01, 0.005
+#: Less in flight is no queue, in seconds and in bytes (a power of two).
+SHORTEST_QUEUE, LEAST_QUEUE = 0.03, 1 << 20
 
 
 @dataclass
@@ -58,20 +64,28 @@ class Figures:
 
 @dataclass
 class Finding:
-    """The result. ``tried``: every setting with its score and rates by load, best first."""
+    """The result. ``size``: bytes of each path's file that ``figures`` were taken on; ``tried``: every setting with its
+    score and rates by load, best first."""
 
     best: Setting
     outcome: Outcome
+    size: int = 0
     figures: dict[Kind, Figures] = field(default_factory=dict)
     tried: list[tuple[Setting, float, dict[Kind, float]]] = field(default_factory=list)
     refused: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing was cut short."""
+        return self.outcome.complete and all(len(f.samples) == FINAL_LOOKS for f in self.figures.values())
 
 
 class CandidateMeter:
     """Opens, measures and closes candidates for the search; remembers what was measured of each."""
 
-    def __init__(self, rig: Rig, nbytes: int, look_seconds: float, starts: int, watcher: Watcher):
-        self.rig, self.nbytes, self.seconds, self.watcher = rig, nbytes, look_seconds, watcher
+    def __init__(self, rig: Rig, nbytes: int, kept_back: float, starts: int, watcher: Watcher):
+        self.rig, self.nbytes, self.kept_back, self.watcher = rig, nbytes, kept_back, watcher
+        self.seconds = LOOK_SHARE * rig.budget.seconds
         self.limit = int(rig.budget.limit * SEARCH_BYTES)
         #: What a look may write: the search's bytes, less those that fill files, over the looks that it will take.
         fills = nbytes * len(rig.paths) * (starts + NEAR)
@@ -88,7 +102,7 @@ class CandidateMeter:
         if self.known and not self._affords(self.nbytes * len(self.rig.paths)):
             return False
         try:
-            made = self.rig.candidate(setting, self.nbytes)
+            made = self.rig.candidate(setting, self.nbytes, FILL_SHARE * self.rig.budget.seconds)
         except OSError as error:
             self.refused[str(error)] = self.refused.get(str(error), 0) + 1
             return False
@@ -113,9 +127,9 @@ class CandidateMeter:
         return True
 
     def score(self, setting: Setting) -> float:
-        """Of the medians of all samples; below any real one where there are none."""
+        """Of the medians of all samples; 0 where there are none."""
         candidate = self.known[setting]
-        return candidate.score() if all(candidate.samples.values()) else -1.0
+        return candidate.score() if all(candidate.samples.values()) else 0.0
 
     def close(self) -> None:
         """Closes whatever is open."""
@@ -124,34 +138,77 @@ class CandidateMeter:
 
     def _affords(self, written: int) -> bool:
         budget = self.rig.budget
-        return budget.seconds_left > KEPT_BACK * budget.seconds and budget.written + written <= self.limit
+        return budget.seconds_left > self.kept_back and budget.written + written <= self.limit
 
 
-def calibrate(rig: Rig, nbytes: int, setting: Setting) -> list[float]:
-    """Measures each path alone, sets the rig's weights by it, and returns bytes per second of the writes that fill it."""
-    fills = []
+def calibrate(rig: Rig, nbytes: int, setting: Setting) -> float:
+    """Looks at each path alone, sets the rig's weights by it, and returns the slowest one's bytes per second."""
+    slowest = float("inf")
     for number, path in enumerate(rig.paths):
-        transfer = max(4 << 20, setting.block_size)
         with open_store([path], nbytes, setting, [1.0]) as store:
-            offsets, pieces = lay_out(store, transfer), rig.pieces(setting, transfer)
-            began = rig.budget.elapsed
-            rig.budget.written += load.fill(store, offsets, pieces)
-            fills.append(nbytes / max(rig.budget.elapsed - began, 1e-9))
-            sample = load.run("read", store, offsets, pieces, Limits(rig.budget.seconds * LOOK_SHARE * 2))
-            rig.weights[number] = sample.rate
-    return fills
+            write, read = _first_look(rig, store, rig.pieces(setting, max(TRANSFER, setting.block_size)))
+        rig.weights[number] = read
+        slowest = min(slowest, write, read)
+    return slowest
+
+
+def _first_look(rig: Rig, store: aio.Store, pieces: list[memoryview]) -> tuple[float, float]:
+    """Bytes per second (written, read) of a path of which nothing is known."""
+    seconds, transfer = rig.budget.seconds, len(pieces[0])
+    places, share = lay_out(store, transfer), FIRST_SHARE * seconds / len(rig.paths)
+    alone = _fill(rig, store, places[:1], pieces, share)[1]
+    pieces = pieces[: max(1, int(alone * share) // transfer)]  # a slow drive gets no long queue even now
+    reached, write = _fill(rig, store, places, pieces, share)
+    read = load.run("read", store, reached, pieces, Limits(2 * LOOK_SHARE * seconds)).rate
+    return write, read
+
+
+def _fill(rig: Rig, store: aio.Store, places: list[int], pieces: list[memoryview], seconds: float) -> tuple[list[int], float]:
+    """(the places written to, bytes per second)"""
+    began = rig.budget.elapsed
+    reached = load.fill(store, places, pieces, seconds)
+    nbytes = len(reached) * len(pieces[0])
+    rig.budget.written += nbytes
+    return reached, nbytes / max(rig.budget.elapsed - began, 1e-9)
+
+
+def _queue_bytes(rate: float, seconds: float) -> int:
+    """What a drive of ``rate`` bytes per second may have in flight in a run of ``seconds``."""
+    most = int(rate * max(QUEUE_SHARE * seconds, SHORTEST_QUEUE))
+    return min(MOST_IN_FLIGHT, max(LEAST_QUEUE, 1 << max(most.bit_length() - 1, 0)))
+
+
+def _final_look(rig: Rig) -> float:
+    """Seconds of one load."""
+    return max(0.05, FINAL_SHARE * rig.budget.seconds)
+
+
+def _figures_seconds(rig: Rig) -> float:
+    """What the result's figures take where the drive is no hindrance, filling its file apart."""
+    return (FINAL_LOOKS + 1) * _final_look(rig) * len(rig.kinds)
+
+
+def _least_seconds(rig: Rig, rate: float, in_flight: int) -> float:
+    """What the result's figures take at least where all paths together move ``rate`` bytes per second: to fill the
+    shortest file that will do, and to look once at rates and once at latencies."""
+    queue = (LEAST_PIECES + in_flight // TRANSFER) * len(rig.paths)
+    return (queue + 2 * load.least_transfers(queue) * len(rig.kinds)) * TRANSFER / rate
 
 
 def find(rig: Rig, space: Space, first: Setting, candidate_bytes: int, size: int, watcher: Watcher) -> Finding:
     """Searches from ``first`` and a spread of others, then takes the figures of the best on files of ``size``."""
     watcher.say("a first look at each path")
-    fills = calibrate(rig, candidate_bytes, first)
-    look = rig.budget.seconds * LOOK_SHARE
+    seconds = rig.budget.seconds
+    slowest = calibrate(rig, candidate_bytes, first) / len(rig.paths)  # they may share a drive
+    space = replace(space, most_in_flight=_queue_bytes(slowest, seconds))
+    first = space.within(first)
     # the slowest path sets what it takes to make a candidate ready
-    ready = candidate_bytes / min(fills) + 2 * look * len(rig.kinds)
-    count = max(FEWEST, min(STARTS, int(0.25 * rig.budget.seconds / ready)))
+    ready = min(candidate_bytes / slowest, FILL_SHARE * seconds) + 2 * LOOK_SHARE * seconds * len(rig.kinds)
+    count = max(FEWEST, min(STARTS, int(0.25 * seconds / ready)))
     starts = [first, *(s for s in space.starts(count) if s != first)][:count]
-    meter = CandidateMeter(rig, candidate_bytes, look, len(starts), watcher)
+    least = _least_seconds(rig, slowest, space.most_in_flight)
+    kept_back = max(KEPT_BACK * seconds, 1.2 * _figures_seconds(rig), least)
+    meter = CandidateMeter(rig, candidate_bytes, kept_back, len(starts), watcher)
     try:
         outcome = search(space, meter, starts, watcher.say)
     finally:
@@ -161,26 +218,33 @@ def find(rig: Rig, space: Space, first: Setting, candidate_bytes: int, size: int
     finding.tried = sorted(
         ((s, c.score(), {k: c.rate(k) for k in rig.kinds}) for s, c in measured.items()), key=lambda row: -row[1]
     )
-    finding.figures = take_figures(rig, outcome.best, size, watcher)
+    finding.size, finding.figures = take_figures(rig, outcome.best, size, least, watcher)
     return finding
 
 
-def take_figures(rig: Rig, setting: Setting, size: int, watcher: Watcher) -> dict[Kind, Figures]:
-    """The figures that are reported, each load several times in turn."""
+def take_figures(rig: Rig, setting: Setting, size: int, least: float, watcher: Watcher) -> tuple[int, dict[Kind, Figures]]:
+    """(the bytes of each file that were used, the figures that are reported: each load several times in turn).
+
+    ``least``: seconds without which a slow drive gives none.
+    """
     watcher.say(f"measuring {setting}")
     budget = rig.budget
-    seconds = max(0.05, budget.seconds * FINAL_SHARE)
-    with rig.candidate(setting, size) as candidate:
+    seconds = _final_look(rig)
+    rest = max(_figures_seconds(rig), least)
+    with rig.candidate(setting, size, max(budget.seconds_left - rest, FILL_SHARE * budget.seconds)) as candidate:
         each = int(min(budget.limit * FINAL_BYTES, budget.bytes_left * 0.9)) // (FINAL_LOOKS + 1)
         for _ in range(FINAL_LOOKS):
+            began = budget.elapsed
             candidate.visit(seconds, each)
             watcher.look(candidate)
+            if budget.seconds_left < 2 * (budget.elapsed - began):  # latencies take as long as a look
+                break
         found = {}
         for kind in rig.kinds:
             latencies = candidate.latencies(kind, seconds, each // 2)
             both = load.percentile(latencies, 0.5), load.percentile(latencies, 0.99)
             found[kind] = Figures(kind, tuple(candidate.samples[kind]), both)
-    return found
+    return candidate.nbytes, found
 
 
 def effects(finding: Finding) -> dict[str, list[tuple[str | int, float]]]:

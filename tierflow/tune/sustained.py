@@ -41,7 +41,7 @@ def wear(nbytes: int) -> str:
     """What so many bytes cost, said before the first is written."""
     share = nbytes / RATED_BYTES
     return (
-        f"--sustained writes {format_size(nbytes)} to find where a write cache is full: {share:.2%} of the "
+        f"--sustained writes {format_size(nbytes)} to find where a write cache is full: {100 * share:.2g}% of the "
         f"{format_size(RATED_BYTES)} that a 1 TB consumer drive is often rated for"
     )
 
