@@ -127,6 +127,7 @@ def _add_rows(slot: GradSlot, rows: torch.Tensor, values: torch.Tensor) -> None:
 
 def _open(slot: GradSlot) -> bool:
     """Whether there is a gradient to add to; it has everything pending applied then."""
+    slot.context.before_write(slot)
     present = slot.collect()
     if present:
         slot.settle()

@@ -125,8 +125,8 @@ class Stager:
         if self._worker is not None:
             piece.kernel = self._worker.submit(self._kernel, piece)
             return
-        piece.kernel = Future()
         self._kernel(piece)
+        piece.kernel = Future()
         piece.kernel.set_result(None)
 
     def _kernel(self, piece: Piece) -> None:
