@@ -26,5 +26,5 @@ def test_an_error_in_a_kernel_is_raised_at_once_and_the_run_is_over(update: str,
         optimizer.zero_grad()
         model(input_ids=ids)
     with pytest.raises(RuntimeError, match="resume from a checkpoint"):
-        model(input_ids=ids)
+        optimizer.step()
     optimizer.engine.close()
