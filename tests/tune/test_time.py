@@ -49,6 +49,7 @@ class Store:
     drive: Drive
     capacity: int
     taken: int = field(default=0)
+    paths: tuple[Any, ...] = ()
 
     def allocate(self, nbytes: int) -> Any:
         self.taken += nbytes

@@ -28,7 +28,7 @@ from tierflow.tune.options import Job, Options, understand
 from tierflow.tune.plot import plot
 from tierflow.tune.profile import LoadFigures, Profile, Tried
 from tierflow.tune.rig import Rig
-from tierflow.tune.session import NEAR, STARTS, Figures, Finding, effects, find
+from tierflow.tune.session import MOST_FILES, Figures, Finding, effects, find
 from tierflow.tune.stores import RINGS
 from tierflow.tune.sustained import Sustained, wear, write_on
 
@@ -60,17 +60,15 @@ def tune(options: Options, console: Console) -> Profile:
 
 def _measure(options: Options, job: Job, facts: Facts, doubts: list[str], budget: Budget, console: Console) -> Profile:
     small = max(64 << 20, min(CANDIDATE_BYTES, job.size // CANDIDATE_SHARE))
-    needed = max(small * (STARTS + NEAR), job.size)
-    check_space(job.paths, needed, "free some space, or give a smaller --size")
+    check_space(job.paths, small * MOST_FILES + job.size, "free some space, or give a smaller --size")
     kinds: tuple[Kind, ...] = ("read",) if options.read_only else KINDS
-    rig = Rig(job.paths, kinds, FORMATS[options.optimizer_state], budget)
     pages = (False, True) if facts.huge_pages in ("always", "madvise") else (False,)
     space = Space(engine=facts.engines, rings=RINGS, huge_pages=pages)
     first = Setting(facts.engines[0], aio.DEFAULT_BLOCK_SIZE, aio.DEFAULT_QUEUE_DEPTH, 1, pages[-1])
-    with Progress(console, budget) as progress:
+    with Rig(job.paths, kinds, FORMATS[options.optimizer_state], budget) as rig, Progress(console, budget) as progress:
         finding = find(rig, space, first, small, job.size, progress)
         lasting = _sustain(job, rig, finding, progress) if job.sustained else None
-    found = _profile(options, job, facts, doubts, rig, finding)
+        found = _profile(options, job, facts, doubts, rig, finding)
     return found.model_copy(
         update={"seconds": round(budget.elapsed, 2), "bytes_written": budget.written, "sustained": lasting}
     )

@@ -11,7 +11,7 @@ from tierflow.tune import load
 from tierflow.tune.knobs import MOST_IN_FLIGHT, Setting, Space
 from tierflow.tune.load import Kind, Limits, Sample
 from tierflow.tune.rig import LEAST_PIECES, TRANSFER, Candidate, Rig
-from tierflow.tune.search import Outcome, search
+from tierflow.tune.search import MOST_MOVES, Outcome, search
 from tierflow.tune.stores import lay_out, open_store
 
 #: Settings to begin with, and the least of them where time is short.
@@ -23,6 +23,8 @@ SEARCH_BYTES, FINAL_BYTES = 0.7, 0.25
 FINAL_LOOKS = 5
 #: Neighbours that the search will look at, about.
 NEAR = 12
+#: Candidates' files of a whole run at most: one for the first look, and eight neighbours wherever the search moves.
+MOST_FILES = 1 + STARTS + 8 * (MOST_MOVES + 1)
 #: Seconds kept back for the result's figures, of the whole.
 KEPT_BACK = 0.2
 #: Of a run's seconds, what a slow drive may take at most: to fill a path's file first, to fill a candidate's files, and
@@ -112,7 +114,7 @@ class CandidateMeter:
         return True
 
     def drop(self, setting: Setting) -> None:
-        """Closes its files."""
+        """Closes it."""
         if setting in self.open:
             self.open.pop(setting).close()
 
@@ -145,8 +147,11 @@ def calibrate(rig: Rig, nbytes: int, setting: Setting) -> float:
     """Looks at each path alone, sets the rig's weights by it, and returns the slowest one's bytes per second."""
     slowest = float("inf")
     for number, path in enumerate(rig.paths):
-        with open_store([path], nbytes, setting, [1.0]) as store:
+        store = open_store([path], nbytes, setting, [1.0])
+        try:
             write, read = _first_look(rig, store, rig.pieces(setting, max(TRANSFER, setting.block_size)))
+        finally:
+            rig.put_away(store)
         rig.weights[number] = read
         slowest = min(slowest, write, read)
     return slowest
