@@ -149,15 +149,15 @@ def test_too_little_space_is_refused_with_the_numbers_before_anything_is_written
 
 def test_a_candidate_counts_all_that_it_writes(folders: list[str]) -> None:
     rig = Rig(folders, ("read", "write", "mixed"), FORMATS["lossless"], Budget(60.0))
-    with rig, rig.candidate(SMALL, 16 * TRANSFER) as candidate:
-        candidate.visit(0.02, 32 * MIB)
-        before = [path.bytes_written for path in candidate.store.paths]
-        assert len(candidate.latencies("write", 0.02, 8 * MIB)) >= SMALL.queue_depth
-        blocks = [(path.bytes_written - b) // SMALL.block_size for path, b in zip(candidate.store.paths, before, strict=True)]
-        assert abs(blocks[0] - blocks[1]) <= 1  # single blocks too go to every path
-        assert rig.budget.written == candidate.store.bytes_written
-        assert candidate.score() > 0
-        held = len(os.listdir("/proc/self/fd"))
-        candidate.close()
+    with rig:
+        with rig.candidate(SMALL, 16 * TRANSFER) as candidate:
+            candidate.visit(0.02, 32 * MIB)
+            before = [path.bytes_written for path in candidate.store.paths]
+            assert len(candidate.latencies("write", 0.02, 8 * MIB)) >= SMALL.queue_depth
+            blocks = [(path.bytes_written - b) // SMALL.block_size for path, b in zip(candidate.store.paths, before, strict=True)]
+            assert abs(blocks[0] - blocks[1]) <= 1  # single blocks too go to every path
+            assert rig.budget.written == candidate.store.bytes_written
+            assert candidate.score() > 0
+            held = len(os.listdir("/proc/self/fd"))
         assert candidate.store.capacity <= sum(map(sum, map(sizes_below, folders)))  # kept, so that no drive hears of it
     assert not any(map(sizes_below, folders)) and len(os.listdir("/proc/self/fd")) < held
