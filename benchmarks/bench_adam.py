@@ -41,6 +41,9 @@ PEERS = [
     ("deepspeed", "DeepSpeed", "deepspeed", "float32", True),
     ("deepspeed", "DeepSpeed, bf16, fp32 moments", "deepspeed", "bfloat16", True),
     ("deepspeed", "DeepSpeed, bf16, bf16 moments", "deepspeed", "bfloat16", False),
+    ("deepspeed-avx2", "DeepSpeed for AVX2", "deepspeed", "float32", True),
+    ("deepspeed-avx2", "DeepSpeed for AVX2, bf16, fp32 moments", "deepspeed", "bfloat16", True),
+    ("deepspeed-avx2", "DeepSpeed for AVX2, bf16, bf16 moments", "deepspeed", "bfloat16", False),
     ("peers", "bitsandbytes 8-bit", "bitsandbytes", "float32", "AdamW8bit"),
     ("peers", "torchao 8-bit", "torchao", "float32", "AdamW8bit"),
 ]
@@ -65,12 +68,19 @@ class Case:
 
 
 class Worker:
-    def __init__(self, python: str, threads: int) -> None:
+    """A process that times what it is told to. ``name`` is a key of the dictionary of Pythons in ``main``."""
+
+    def __init__(self, name: str, python: str, threads: int) -> None:
         env = {**os.environ, "OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu"}
+        env.pop("OMP_WAIT_POLICY", None)
+        if name == "passive":
+            env["OMP_WAIT_POLICY"] = "passive"
         env["PATH"] = f"{Path(python).parent}{os.pathsep}{env['PATH']}"
-        operators = Path(python).parents[1] / "operators"
-        if operators.is_dir():  # what peers/install_deepspeed.sh built
-            env["TORCH_EXTENSIONS_DIR"] = str(operators)
+        # What peers/install_deepspeed.sh built; for AVX2 it is built by the first that needs it.
+        env["TORCH_EXTENSIONS_DIR"] = str(Path(python).parents[1] / "operators")
+        if name == "deepspeed-avx2":
+            env["TORCH_EXTENSIONS_DIR"] += "-avx2"
+            env["BENCH_DEEPSPEED_AVX2"] = "1"
         if python != sys.executable:  # what is on this one's path belongs to this environment
             env.pop("PYTHONPATH", None)
         self.process = subprocess.Popen(
@@ -132,6 +142,19 @@ def many_cases(numel: int, tensors: int, threads: int, pythons: dict[str, str]) 
     return found + [c for c in peer_cases(base, pythons) if c.order["kind"] not in SLOW]
 
 
+def after_cases(numel: int, threads: int) -> list[Case]:
+    """A step alone and right after torch's threads had work, which spin then, or sleep where they are told to."""
+    base = {"numel": numel, "threads": threads, "tensors": 1, "kind": "optimizer", "dtype": "float32"}
+    found = []
+    for where, policy in (("here", "torch's threads as they are"), ("passive", "OMP_WAIT_POLICY=passive")):
+        for after in (False, True):
+            order = {**base, "after": after}
+            name = f"{'after torch' if after else 'alone'}, {policy}"
+            found += [Case(f"{fmt} {name}", where, {**order, "format": fmt}) for fmt in ("fp32", "int8")]
+            found.append(Case(f"torch fused {name}", where, {**order, "kind": "torch_adamw", "option": "fused"}))
+    return found
+
+
 def measure(cases: list[Case], workers: dict[str, Worker], rounds: int, repeats: int) -> None:
     shuffle = random.Random(0).shuffle
     for _ in range(rounds):
@@ -147,7 +170,7 @@ def report(cases: list[Case], threads: int) -> list[dict[str, Any]]:
     """Prints a table and returns its rows: limits stand in the row of their step."""
     by_kind = {(c.name, c.order["kind"]): c for c in cases}
     rows = []
-    print(f"{'contender':<36}{'M/s':>8}{'min':>8}{'max':>8}{'GB/s':>7}{'roof':>8}{'L2':>8}{'of limit':>9}")
+    print(f"{'contender':<46}{'M/s':>8}{'min':>8}{'max':>8}{'GB/s':>7}{'roof':>8}{'L2':>8}{'of limit':>9}")
     for case in cases:
         if case.order["kind"] in ("roof", "L2"):
             continue
@@ -156,7 +179,7 @@ def report(cases: list[Case], threads: int) -> list[dict[str, Any]]:
             speeds = [case.answer["numel"] / s / 1e6 for s in case.seconds]
             size = case.answer["bytes_per_element"]
             row |= {"million_per_s": case.speed, "slowest": min(speeds), "fastest": max(speeds), "seconds": case.seconds}
-            text = f"{case.name:<36}{case.speed:8.0f}{min(speeds):8.0f}{max(speeds):8.0f}"
+            text = f"{case.name:<46}{case.speed:8.0f}{min(speeds):8.0f}{max(speeds):8.0f}"
             roof, inside = by_kind.get((case.name, "roof")), by_kind.get((case.name, "L2"))
             if roof and inside and roof.seconds and inside.seconds:
                 limit = min(roof.speed, inside.speed * threads)
@@ -165,7 +188,7 @@ def report(cases: list[Case], threads: int) -> list[dict[str, Any]]:
                 text += f"{row['gb_per_s']:7.1f}{roof.speed:8.0f}{inside.speed * threads:8.0f}{row['of_limit']:9.3f}"
             print(text, flush=True)
         else:
-            print(f"{case.name:<36}{row['error']}", flush=True)
+            print(f"{case.name:<46}{row['error']}", flush=True)
         rows.append(row)
     return rows
 
@@ -213,15 +236,20 @@ def main() -> None:
     own_session()
     isas = args.isa or [i for i in kernels.isas() if i != "scalar"] or ["scalar"]
     pythons = {"here": sys.executable}
-    pythons |= {"deepspeed": args.deepspeed_python} if args.deepspeed_python else {}
+    if args.deepspeed_python:
+        pythons |= {"deepspeed": args.deepspeed_python}
+        if "avx512" in isas:  # there it is built with AVX-512
+            pythons |= {"deepspeed-avx2": args.deepspeed_python}
     pythons |= {"peers": args.peers_python} if args.peers_python else {}
     head = {"benchmark": "adam", **machine(), "versions": {k: versions(p) for k, p in pythons.items()}}
     head |= {"rounds": args.rounds, "repeats": args.repeats, "command": " ".join(sys.argv)}
     tables = []
     for threads in args.threads:
-        workers = {name: Worker(python, threads) for name, python in pythons.items()}
+        workers = {name: Worker(name, python, threads) for name, python in [*pythons.items(), ("passive", sys.executable)]}
         sets = [(f"{n} elements", flat_cases(n, threads, isas, pythons)) for n in args.numel]
         sets.append((f"{args.many[0]} elements in {args.many[1]} tensors", many_cases(*args.many, threads, pythons)))
+        if threads > 1:
+            sets += [(f"{n} elements after torch", after_cases(n, threads)) for n in args.numel[:2]]
         for title, cases in sets:
             print(f"\n{title}, {threads} threads", flush=True)
             measure(cases, workers, args.rounds, args.repeats)

@@ -19,7 +19,7 @@ import torch
 from . import _cpu_adam
 from .rules import ADAM, Rule
 
-__all__ = ["FORMATS", "GROUP", "KindLayout", "StateFormat", "resolve"]
+__all__ = ["FORMATS", "GROUP", "KindLayout", "StateFormat", "resolve", "shaped"]
 
 #: Elements that share a scale and a key of the rounding noise; pieces begin at a multiple of it.
 GROUP: int = _cpu_adam.GROUP
@@ -169,3 +169,9 @@ def resolve(name: str, param: torch.dtype) -> StateFormat:
         master = torch.int8
     moments = {"bf16": torch.bfloat16, "int8": torch.uint8, "int8-24bit": torch.uint8}.get(name, torch.float32)
     return StateFormat(name, param, master, moments)
+
+
+@cache
+def shaped(name: str, param: torch.dtype, shape: torch.Size) -> StateFormat:
+    """The format that a parameter of this dtype and shape gets under a name; raises ValueError as `resolve` does."""
+    return resolve(name, param).for_shape(shape)

@@ -10,16 +10,16 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _cpu_adam
-from .formats import GROUP, kernel_codes
+from .formats import GROUP
+from .operands import FLOATS, address, check_overlap, operands
 from .rules import ADAM, Hyper, Rule
 
 __all__ = [
@@ -35,11 +35,6 @@ __all__ = [
     "split",
     "threads",
 ]
-
-_FLOATS = {torch.float32: _cpu_adam.F32, torch.bfloat16: _cpu_adam.BF16, torch.float16: _cpu_adam.F16}
-
-_MASTER_DTYPES = (torch.int16, torch.int8, torch.float32)
-_MOMENT_DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
 
 _ISAS = tuple(_cpu_adam.isas())
 # The processors that this process may use, which may be fewer than there are.
@@ -59,7 +54,8 @@ def isas() -> list[str]:
 
 
 @cache
-def _isa_index(name: str | None) -> int:
+def isa_index(name: str | None) -> int:
+    """The native half's number of an instruction set; None: of the one in use."""
     if name is None:
         name = os.environ.get("TIERFLOW_ISA") or _ISAS[0]
     if name not in _ISAS:
@@ -69,7 +65,7 @@ def _isa_index(name: str | None) -> int:
 
 def isa() -> str:
     """The instruction set in use: the environment variable TIERFLOW_ISA's (read once), else the best."""
-    return _ISAS[_isa_index(None)]
+    return _ISAS[isa_index(None)]
 
 
 def threads() -> int:
@@ -97,7 +93,7 @@ _PRESENT = os.cpu_count() or 1
 _warned = False
 
 
-def _threads_for_step(n: int | None, elements: int) -> int:
+def threads_for_step(n: int | None, elements: int) -> int:
     """Of a step; says once if a long one uses less than the machine has, unless the caller chose the number."""
     global _warned
     if n is None and not _warned and elements >= _WORTH_A_WARNING and _default_threads < _PRESENT:
@@ -109,35 +105,6 @@ def _threads_for_step(n: int | None, elements: int) -> int:
             stacklevel=5,
         )
     return _check_threads(n)
-
-
-def _check(name: str, t: Tensor, n: int | None, dtypes: Iterable[torch.dtype]) -> int:
-    """Refuse what the kernels cannot take; return the address."""
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
-    if t.layout is not torch.strided:
-        raise ValueError(f"{name} must be a dense tensor, got layout {t.layout}")
-    if not t.is_cpu:
-        raise ValueError(f"{name} must be on the CPU, got device {t.device}")
-    if t.dtype not in dtypes:
-        expected = ", ".join(str(d) for d in dtypes)
-        raise TypeError(f"{name} must have one of the dtypes {expected}, got {t.dtype}")
-    if t.dim() != 1 or not t.is_contiguous():
-        raise ValueError(
-            f"{name} must be 1-D and contiguous, got shape {tuple(t.shape)}, strides {t.stride()}; "
-            "pass t.view(-1)"
-        )
-    if n is not None and t.numel() != n:
-        raise ValueError(f"{name} has {t.numel()} elements, but {n} are expected")
-    return t.data_ptr()
-
-
-def _check_overlap(spans: list[tuple[int, int, str]]) -> None:
-    """Spans are (address, bytes, name); no two may share memory."""
-    spans.sort()
-    for (begin, size, name), (following, _, other) in pairwise(spans):
-        if begin + size > following:
-            raise ValueError(f"{name} and {other} overlap in memory")
 
 
 def adam_step(
@@ -204,40 +171,20 @@ def rule_step(
     threads: int | None = None,
 ) -> None:
     """One step of any rule; `moments` holds what `rule.moments` names. For the rest see `adam_step`."""
-    p_ptr = _check("param", param, None, _FLOATS)
-    n = param.numel()
-    g_ptr = _check("grad", grad, n, _FLOATS)
-    spans = [(p_ptr, n * param.itemsize, "param"), (g_ptr, n * grad.itemsize, "grad")]
-
-    def also(name: str, t: Tensor, count: int, dtypes: Iterable[torch.dtype]) -> int:
-        spans.append((_check(name, t, count, dtypes), count * t.itemsize, name))
-        return spans[-1][0]
-
-    kept = moments[rule.moments[0]].dtype
-    pointers = {"exp_avg": 0, "exp_avg_sq": 0}
-    for name in rule.moments:
-        pointers[name] = also(name, moments[name], n, _MOMENT_DTYPES if name == rule.moments[0] else (kept,))
-    x_ptr = 0 if master is None else also("master", master, n, _MASTER_DTYPES)
-    layout, moment_code = kernel_codes(param.dtype, None if master is None else master.dtype, kept)
-    s_ptr = 0
-    if kept == torch.uint8:
-        if scale is None:
-            raise TypeError("scale is missing: 8-bit moments need their groups' scales")
-        s_ptr = also("scale", scale, -(-n // GROUP) * len(rule.moments), (torch.float32,))
-    elif scale is not None:
-        raise TypeError(f"scale belongs to 8-bit moments; these are {kept}")
+    found = operands(rule, param, moments, master, scale)
+    g_ptr = address("grad", grad, found.n, FLOATS)
+    check_overlap([*found.spans, (g_ptr, grad.nbytes, "grad")])
     if hyper.step < 1:
         raise ValueError(f"step counts from 1, got {hyper.step}")
     if index < 0 or index % GROUP:
         raise ValueError(f"index must be a multiple of {GROUP}, at which a group begins, got {index}")
-    if n:
-        _check_overlap(spans)
+    batch = _cpu_adam.Batch(isa_index(isa))
     constants, general = rule.constants(hyper)
-    _cpu_adam.step(
-        n, rule.code, layout, moment_code, _FLOATS[grad.dtype], p_ptr, x_ptr, g_ptr, pointers["exp_avg"],
-        pointers["exp_avg_sq"], s_ptr, constants, general, unscale, -clip if maximize else clip,
-        seed & 0xFFFFFFFFFFFFFFFF, hyper.step, index // GROUP, _isa_index(isa), _threads_for_step(threads, n),
+    batch.add(
+        *found[:-1], g_ptr, FLOATS[grad.dtype], constants, general, unscale, -clip if maximize else clip,
+        seed & 0xFFFFFFFFFFFFFFFF, hyper.step, index // GROUP, 0,
     )  # fmt: skip
+    batch.run(threads_for_step(threads, found.n))
 
 
 def intake(
@@ -247,23 +194,23 @@ def intake(
 
     The sum is computed in fp32 and rounded once to dst's dtype, as torch's `dst.add_(src)` does.
     """
-    d_ptr = _check("dst", dst, None, _FLOATS)
+    d_ptr = address("dst", dst, None, FLOATS)
     n = dst.numel()
-    s_ptr = _check("src", src, n, _FLOATS)
+    s_ptr = address("src", src, n, FLOATS)
     if n:
-        _check_overlap([(d_ptr, n * dst.itemsize, "dst"), (s_ptr, n * src.itemsize, "src")])
+        check_overlap([(d_ptr, n * dst.itemsize, "dst"), (s_ptr, n * src.itemsize, "src")])
     total = _cpu_adam.intake(
-        n, d_ptr, _FLOATS[dst.dtype], s_ptr, _FLOATS[src.dtype], accumulate,
-        _isa_index(isa), _check_threads(threads),
+        n, d_ptr, FLOATS[dst.dtype], s_ptr, FLOATS[src.dtype], accumulate,
+        isa_index(isa), _check_threads(threads),
     )  # fmt: skip
     return GradStats(total, math.isfinite(total))
 
 
 def grad_stats(src: Tensor, *, isa: str | None = None, threads: int | None = None) -> GradStats:
     """The sum of squares of a tensor and whether all of it is finite; the bits are those of `intake`."""
-    s_ptr = _check("src", src, None, _FLOATS)
+    s_ptr = address("src", src, None, FLOATS)
     total = _cpu_adam.sum_squares(
-        src.numel(), s_ptr, _FLOATS[src.dtype], _isa_index(isa), _check_threads(threads)
+        src.numel(), s_ptr, FLOATS[src.dtype], isa_index(isa), _check_threads(threads)
     )
     # The square of any fp32 value, and any sum of them that fits in memory, is finite in double.
     return GradStats(total, math.isfinite(total))
@@ -278,7 +225,7 @@ def split(
     Finite values from 0x7f7f8000 (3.3962e38) on read as infinity in `param` alone.
     """
     n, ptrs = _split_arguments(master, param, remainder)
-    _cpu_adam.split(n, *ptrs, _isa_index(isa), _check_threads(threads))
+    _cpu_adam.split(n, *ptrs, isa_index(isa), _check_threads(threads))
 
 
 def join(
@@ -286,16 +233,16 @@ def join(
 ) -> None:
     """Write to fp32 `out` the master weight that bf16 `param` and int16 `remainder` hold together."""
     n, (o_ptr, p_ptr, r_ptr) = _split_arguments(out, param, remainder, "out")
-    _cpu_adam.join(n, p_ptr, r_ptr, o_ptr, _isa_index(isa), _check_threads(threads))
+    _cpu_adam.join(n, p_ptr, r_ptr, o_ptr, isa_index(isa), _check_threads(threads))
 
 
 def _split_arguments(
     master: Tensor, param: Tensor, remainder: Tensor, name: str = "master"
 ) -> tuple[int, tuple[int, int, int]]:
-    f_ptr = _check(name, master, None, (torch.float32,))
+    f_ptr = address(name, master, None, (torch.float32,))
     n = master.numel()
-    p_ptr = _check("param", param, n, (torch.bfloat16,))
-    r_ptr = _check("remainder", remainder, n, (torch.int16,))
+    p_ptr = address("param", param, n, (torch.bfloat16,))
+    r_ptr = address("remainder", remainder, n, (torch.int16,))
     if n:
-        _check_overlap([(f_ptr, n * 4, name), (p_ptr, n * 2, "param"), (r_ptr, n * 2, "remainder")])
+        check_overlap([(f_ptr, n * 4, name), (p_ptr, n * 2, "param"), (r_ptr, n * 2, "remainder")])
     return n, (f_ptr, p_ptr, r_ptr)

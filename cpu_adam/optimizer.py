@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
-from . import kernels, state
-from .formats import FORMATS, resolve
+from . import state
+from .batch import Batch
+from .formats import FORMATS, StateFormat, resolve, shaped
+from .operands import FLOATS
 from .rules import ADAGRAD, ADAM, LION, Hyper, Rule
 
 __all__ = ["CPUAdagrad", "CPUAdamW", "CPULion"]
@@ -28,7 +30,7 @@ class CPUOptimizer(Optimizer):
         try:
             _check_options(group)
             for p in group["params"]:
-                _check_param(p, group["state_format"])
+                _format(p, group["state_format"])
         except Exception:
             self.param_groups.pop()
             raise
@@ -89,45 +91,28 @@ class CPUOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # Not an attribute from the start: a pickled optimizer comes back without.
+        batch = Batch(self.rule, self.__dict__.setdefault("_prepared", {}))
         order = 0
         for group in self.param_groups:
             # Groups are plain dictionaries that anyone may write to, and a later torch may bring options.
             _check_options(group)
+            constants = cache(partial(self._constants, group))
+            sign = -1.0 if group["maximize"] else 1.0
             for p in group["params"]:
                 if p.grad is not None:
-                    self._step_param(p, group, (group["seed"] << 32) + order)
+                    if p.grad.is_sparse:
+                        raise RuntimeError(
+                            f"{self.rule.name} does not support sparse gradients, please consider SparseAdam instead"
+                        )
+                    fmt = _format(p, group["state_format"])
+                    batch.add(p, self.state[p], fmt, constants, sign, (group["seed"] << 32) + order)
                 order += 1
+        batch.run()
         return loss
 
-    def _step_param(self, p: Tensor, group: dict[str, Any], seed: int) -> None:
-        grad = p.grad
-        assert grad is not None
-        if grad.is_sparse:
-            raise RuntimeError(f"{self.rule.name} does not support sparse gradients, please consider SparseAdam instead")
-        _check_param(p, group["state_format"])
-        fmt = resolve(group["state_format"], p.dtype).for_shape(p.shape)
-        kept: dict[str, Any] = self.state[p]
-        state.complete(kept, p, fmt, self.rule)
-        step = int(kept["step"].item()) + 1
-        master = None if fmt.master is None else state.MASTER_KEYS[fmt.master]
-        # A parameter that is not contiguous passes through a copy; its state is contiguous from the start.
-        weight = p.detach().contiguous()
-        kernels.rule_step(
-            self.rule,
-            weight.view(-1),
-            grad.detach().contiguous().view(-1),
-            {name: kept[name].view(-1) for name in self.rule.moments},
-            master=None if master is None else kept[master].view(-1),
-            scale=kept["scale"].view(-1) if "scale" in kept else None,
-            hyper=self._hyper(group, step),
-            maximize=group["maximize"],
-            seed=seed,
-        )
-        if p.is_contiguous():
-            increment_version(p)  # the kernel wrote behind autograd's back
-        else:
-            p.copy_(weight)
-        kept["step"].fill_(step)
+    def _constants(self, group: dict[str, Any], step: int) -> tuple[list[float], bool]:
+        return self.rule.constants(self._hyper(group, step))
 
     def _hyper(self, group: dict[str, Any], step: int) -> Hyper:
         beta1, beta2 = group["betas"]
@@ -286,9 +271,10 @@ def _check_options(options: dict[str, Any]) -> None:
         raise ValueError(f"seed must be an integer from 0 to 2**31 - 1, got {options['seed']!r}")
 
 
-def _check_param(p: Tensor, state_format: str) -> None:
-    if p.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not p.is_cpu:
+def _format(p: Tensor, state_format: str) -> StateFormat:
+    """The format that the parameter gets. Raises ValueError for one that the kernels cannot step."""
+    if p.dtype not in FLOATS or not p.is_cpu:
         raise ValueError(
             f"CPU optimizers take CPU parameters of float32, bfloat16 or float16, got {p.dtype} on {p.device}"
         )
-    resolve(state_format, p.dtype)
+    return shaped(state_format, p.dtype, p.shape)

@@ -171,6 +171,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
     def _skip(self, parameter: str) -> None:
         """Lowers the loss scale for a gradient that is not finite; raises NonFiniteGradient where none can be lowered."""
         self.engine.refuse()
+        self.engine.update({}, [])  # a step without an update ends here for the engine
         step, scale = self.steps_taken + 1, self.scale
         if scale is None or not scale.dynamic:
             why = f" at the constant fp16.loss_scale {scale.scale:g}" if scale is not None else ""
@@ -186,7 +187,6 @@ class OffloadOptimizer(torch.optim.Optimizer):
             "step skipped: the gradient of %r is not finite at loss scale %g; the scale is now %g",
             parameter, before, scale.scale,
         )  # fmt: skip
-        self.engine.update({}, [])  # a step without an update ends here for the engine
 
     def _clip_factor(self, slots: list[GradSlot]) -> float:
         """The factor for ``gradient_clipping``, as torch's clip_grad_norm_ computes it in fp32."""

@@ -3,6 +3,7 @@ alone has is imported inside."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from itertools import count
 from typing import Any
@@ -30,11 +31,28 @@ def torch_adamw(numel: int, tensors: int, dtype: torch.dtype, way: str) -> Run:
     return lambda: optimizer.step()
 
 
+def torch_work() -> Run:
+    """Work for all of torch's threads: some milliseconds of memory traffic."""
+    values = torch.zeros(1 << 22)
+    return lambda: values.add_(1.0)  # type: ignore[return-value]
+
+
 def deepspeed(numel: int, tensors: int, dtype: torch.dtype, fp32_states: bool) -> Run:
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
+    if os.environ.get("BENCH_DEEPSPEED_AVX2"):
+        build_for_avx2()
     optimizer = DeepSpeedCPUAdam(parameters(numel, tensors, dtype), fp32_optimizer_states=fp32_states, **HYPER)
     return lambda: optimizer.step()
+
+
+def build_for_avx2() -> None:
+    """What DeepSpeed's build would choose on a machine without AVX-512."""
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().get_op_builder("CPUAdamBuilder")
+    builder.cpu_arch = lambda self: "-march=haswell"
+    builder.simd_width = lambda self: "-D__AVX256__"
 
 
 def bitsandbytes(numel: int, tensors: int, dtype: torch.dtype, name: str) -> Run:
@@ -109,14 +127,16 @@ class OurBuffers:
         layout, moments = self.format.codes
         grad = {torch.float32: self.native.F32, torch.bfloat16: self.native.BF16}[self.grad.dtype]
         constants, general = self.rule.constants(self.hyper)
-        index = self._isa(isa)
 
-        def run() -> None:
+        batch = self.native.Batch(self._isa(isa))
+        batch.add(
+            self.numel, self.rule.code, layout, moments, self.state["param"].data_ptr(), master, *pointers,
+            self.grad.data_ptr(), grad, constants, general, 1.0, 1.0, 0, 1, 0, 0,
+        )  # fmt: skip
+
+        def run(_alive: OurBuffers = self) -> None:  # the batch has addresses alone
             for _ in range(repeats):
-                self.native.step(
-                    self.numel, self.rule.code, layout, moments, grad, self.state["param"].data_ptr(), master,
-                    self.grad.data_ptr(), *pointers, constants, general, 1.0, 1.0, 0, 1, 0, index, 1,
-                )  # fmt: skip
+                batch.run(1)
 
         return run
 

@@ -43,7 +43,10 @@ def serve() -> None:
             run, numel, size = make(order)
             run()
             seconds = []
+            work = contenders.torch_work() if order.get("after") else None
             for _ in range(order["repeats"]):
+                if work is not None:
+                    work()
                 begin = time.perf_counter()
                 run()
                 seconds.append(time.perf_counter() - begin)

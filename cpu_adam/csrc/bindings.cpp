@@ -54,31 +54,51 @@ std::uint64_t mix(std::uint64_t z) {
   return z ^ (z >> 31);
 }
 
-// Constants are double up to here; each is rounded to fp32 once, where torch's operators round theirs.
-void step(std::size_t n, int rule, int master_layout, int moments, int grad_dtype, Address param, Address master,
-          Address grad, Address exp_avg, Address exp_avg_sq, Address scale, const std::vector<double>& constants,
-          bool general, double unscale, double clip, std::uint64_t seed, std::uint64_t step_count, std::uint64_t group,
-          int isa, int threads) {
-  StepArgs args{};
-  if (constants.size() > kConstants) throw py::value_error("constants: more than a rule may have");
-  for (std::size_t i = 0; i < constants.size(); ++i) args.constants[i] = static_cast<float>(constants[i]);
-  args.unscale = static_cast<float>(unscale);
-  args.clip = static_cast<float>(clip);
-  args.key = mix(mix(seed) ^ step_count);
-  args.group = group;
-  args.param = at(param);
-  args.master = at(master);
-  args.grad = at(grad);
-  args.exp_avg = at(exp_avg);
-  args.exp_avg_sq = at(exp_avg_sq);
-  args.scale = at<float>(scale);
-  const StepFn function =
-      step_function(kernels(isa), code<Rule>(rule, kRules, "rule"), code<Master>(master_layout, kMasters, "master"),
-                    code<Moments>(moments, kMomentFormats, "moments"), dtype(grad_dtype), general);
-  if (function == nullptr) throw py::value_error("step: this rule, master and moments are not offered together");
-  py::gil_scoped_release release;
-  launch_step(function, args, n, threads);
-}
+// Steps that run together, each over its own memory.
+class Batch {
+ public:
+  explicit Batch(int isa) : kernels_(kernels(isa)) {}
+
+  // Constants are double up to here; each is rounded to fp32 once, where torch's operators round theirs.
+  void add(std::size_t n, int rule, int master_layout, int moments, Address param, Address master, Address exp_avg,
+           Address exp_avg_sq, Address scale, Address grad, int grad_dtype, const std::vector<double>& constants,
+           bool general, double unscale, double clip, std::uint64_t seed, std::uint64_t step_count,
+           std::uint64_t group, Address count) {
+    StepArgs args{};
+    if (constants.size() > kConstants) throw py::value_error("constants: more than a rule may have");
+    for (std::size_t i = 0; i < constants.size(); ++i) args.constants[i] = static_cast<float>(constants[i]);
+    args.unscale = static_cast<float>(unscale);
+    args.clip = static_cast<float>(clip);
+    args.key = mix(mix(seed) ^ step_count);
+    args.group = group;
+    args.param = at(param);
+    args.master = at(master);
+    args.grad = at(grad);
+    args.exp_avg = at(exp_avg);
+    args.exp_avg_sq = at(exp_avg_sq);
+    args.scale = at<float>(scale);
+    const StepFn function =
+        step_function(kernels_, code<Rule>(rule, kRules, "rule"), code<Master>(master_layout, kMasters, "master"),
+                      code<Moments>(moments, kMomentFormats, "moments"), dtype(grad_dtype), general);
+    if (function == nullptr) throw py::value_error("step: this rule, master and moments are not offered together");
+    calls_.push_back({function, args, n});
+    if (count != 0) counts_.push_back({at<float>(count), static_cast<float>(step_count)});
+  }
+
+  // Then writes each step's count to where it is kept.
+  void run(int threads) const {
+    {
+      py::gil_scoped_release release;
+      launch_steps(calls_, threads);
+    }
+    for (const auto& [kept, step] : counts_) *kept = step;
+  }
+
+ private:
+  const Kernels& kernels_;
+  std::vector<Call> calls_;
+  std::vector<std::pair<float*, float>> counts_;
+};
 
 double intake(std::size_t n, Address dst, int dst_dtype, Address src, int src_dtype, bool accumulate, int isa,
               int threads) {
@@ -138,10 +158,13 @@ PYBIND11_MODULE(_cpu_adam, m) {
   m.def("isas", &isas);
   m.def("numa_nodes", [](const std::string& folder) { return numa_nodes(folder.empty() ? node_folder() : folder); },
         py::arg("folder"));
-  m.def("step", &step, py::arg("n"), py::arg("rule"), py::arg("master_layout"), py::arg("moments"),
-        py::arg("grad_dtype"), py::arg("param"), py::arg("master"), py::arg("grad"), py::arg("exp_avg"),
-        py::arg("exp_avg_sq"), py::arg("scale"), py::arg("constants"), py::arg("general"), py::arg("unscale"),
-        py::arg("clip"), py::arg("seed"), py::arg("step"), py::arg("group"), py::arg("isa"), py::arg("threads"));
+  py::class_<Batch>(m, "Batch")
+      .def(py::init<int>(), py::arg("isa"))
+      .def("add", &Batch::add, py::arg("n"), py::arg("rule"), py::arg("master_layout"), py::arg("moments"),
+           py::arg("param"), py::arg("master"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("scale"),
+           py::arg("grad"), py::arg("grad_dtype"), py::arg("constants"), py::arg("general"), py::arg("unscale"),
+           py::arg("clip"), py::arg("seed"), py::arg("step"), py::arg("group"), py::arg("count"))
+      .def("run", &Batch::run, py::arg("threads"));
   m.def("intake", &intake, py::arg("n"), py::arg("dst"), py::arg("dst_dtype"), py::arg("src"), py::arg("src_dtype"),
         py::arg("accumulate"), py::arg("isa"), py::arg("threads"));
   m.def("sum_squares", &sum_squares, py::arg("n"), py::arg("src"), py::arg("src_dtype"), py::arg("isa"),

@@ -18,15 +18,21 @@ constexpr std::size_t kWorthAThread = 2 * kGrainMin;
 
 constexpr std::size_t ceil_div(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
 
+std::size_t useful_threads(std::size_t n, int threads) { return std::min<std::size_t>(threads, n / kWorthAThread); }
+
+std::size_t grain_of(std::size_t n, std::size_t threads) {
+  const std::size_t share = ceil_div(n / (threads * kGrainsPerThread), kBlock) * kBlock;
+  return std::min(std::max(share, kGrainMin), kGrainMax);
+}
+
 template <typename Body>
 void for_ranges(std::size_t n, int threads, Body body) {
-  const std::size_t useful = std::min<std::size_t>(threads, n / kWorthAThread);
+  const std::size_t useful = useful_threads(n, threads);
   if (useful < 2) {
     if (n != 0) body(std::size_t{0}, n);
     return;
   }
-  const std::size_t share = ceil_div(n / (useful * kGrainsPerThread), kBlock) * kBlock;
-  const std::size_t grain = std::min(std::max(share, kGrainMin), kGrainMax);
+  const std::size_t grain = grain_of(n, useful);
   struct Context {
     Body& body;
     std::size_t n, grain;
@@ -58,6 +64,42 @@ double sum_blocks(std::size_t n, int threads, Block block) {
   return pairwise(partial.get(), blocks);
 }
 
+// About a grain of work: from an element of one call up to an element of the same or a later one.
+struct Share {
+  std::size_t first, begin, last, end;
+};
+
+// Long calls are cut at whole blocks, short ones are put together.
+std::vector<Share> cut(const std::vector<Call>& calls, std::size_t grain) {
+  std::vector<Share> shares;
+  Share open{0, 0, 0, 0};
+  std::size_t held = 0;
+  for (std::size_t k = 0; k < calls.size(); ++k) {
+    for (std::size_t at = 0; at < calls[k].n;) {
+      const std::size_t room = ceil_div(grain - held, kBlock) * kBlock;
+      const std::size_t end = std::min(calls[k].n, at + room);
+      if (held == 0) open = {k, at, k, end};
+      open.last = k;
+      open.end = end;
+      held += end - at;
+      at = end;
+      if (held < grain) continue;
+      shares.push_back(open);
+      held = 0;
+    }
+  }
+  if (held != 0) shares.push_back(open);
+  return shares;
+}
+
+void run_share(const std::vector<Call>& calls, const Share& share) {
+  for (std::size_t k = share.first; k <= share.last; ++k) {
+    const std::size_t begin = k == share.first ? share.begin : 0;
+    const std::size_t end = k == share.last ? share.end : calls[k].n;
+    if (begin < end) calls[k].step(calls[k].args, begin, end);
+  }
+}
+
 std::size_t size_of(Dtype dtype) { return dtype == kF32 ? 4 : 2; }
 
 }  // namespace
@@ -66,8 +108,25 @@ StepFn step_function(const Kernels& k, Rule rule, Master master, Moments moments
   return k.step[rule][master][moments][grad][general];
 }
 
-void launch_step(StepFn step, const StepArgs& args, std::size_t n, int threads) {
-  for_ranges(n, threads, [&](std::size_t begin, std::size_t end) { step(args, begin, end); });
+void launch_steps(const std::vector<Call>& calls, int threads) {
+  std::size_t total = 0;
+  for (const Call& call : calls) total += call.n;
+  const std::size_t useful = useful_threads(total, threads);
+  if (useful < 2) {
+    for (const Call& call : calls)
+      if (call.n != 0) call.step(call.args, 0, call.n);
+    return;
+  }
+  const std::vector<Share> shares = cut(calls, grain_of(total, useful));
+  struct Context {
+    const std::vector<Call>& calls;
+    const std::vector<Share>& shares;
+  } context{calls, shares};
+  const Task task = [](void* opaque, std::size_t index) {
+    const auto& c = *static_cast<Context*>(opaque);
+    run_share(c.calls, c.shares[index]);
+  };
+  Pool::get().run(task, &context, shares.size(), static_cast<int>(useful));
 }
 
 double launch_intake(const Kernels& k, void* dst, Dtype dst_dtype, const void* src, Dtype src_dtype, bool accumulate,

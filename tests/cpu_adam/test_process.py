@@ -143,13 +143,19 @@ def test_the_gil_is_released():
 def test_the_stub_matches_the_module():
     tree = ast.parse((Path(kernels.__file__).parent / "_cpu_adam.pyi").read_text())
     functions = {f.name: [a.arg for a in f.args.args] for f in tree.body if isinstance(f, ast.FunctionDef)}
+    classes = [c for c in tree.body if isinstance(c, ast.ClassDef)]
     constants = {a.target.id for a in tree.body if isinstance(a, ast.AnnAssign)}
     public = {name: value for name, value in vars(_cpu_adam).items() if not name.startswith("_")}
-    assert set(public) == set(functions) | constants
+    assert set(public) == set(functions) | constants | {c.name for c in classes}
     assert all(isinstance(public[name], int) for name in constants)
-    for name, arguments in functions.items():
-        signature = inspect.getdoc(public[name]).splitlines()[0]
-        assert re.findall(r"(\w+): ", signature) == arguments, name
+    found = [(public[name], arguments) for name, arguments in functions.items()]
+    for c in classes:
+        methods = {f.name: [a.arg for a in f.args.args] for f in c.body}
+        assert {name for name in vars(public[c.name]) if not name.startswith("_")} == set(methods) - {"__init__"}
+        found += [(getattr(public[c.name], name), arguments) for name, arguments in methods.items()]
+    for function, arguments in found:
+        signature = inspect.getdoc(function).splitlines()[0]
+        assert re.findall(r"(\w+): ", signature) == arguments, function
 
 
 def test_the_kernels_import_nothing_else_of_the_package():
@@ -166,8 +172,9 @@ def test_the_benchmark_runs(tmp_path):
     size = ["--numel", "70016", "--many", "6400", "100", "--threads", "2", "--rounds", "1", "--repeats", "2"]
     done = python("benchmarks/bench_adam.py", *size, "--json", str(out))
     assert done.returncode == 0, done.stderr
-    flat, many = json.loads(out.read_text())["tables"]
-    assert not [r["error"] for r in flat["rows"] + many["rows"] if r["error"]]
+    flat, many, after = json.loads(out.read_text())["tables"]
+    assert not [r["error"] for r in flat["rows"] + many["rows"] + after["rows"] if r["error"]]
+    assert {r["after"] for r in after["rows"]} == {False, True} and len(after["rows"]) == 12
     isa = kernels.isas()[0]
     assert {r["contender"] for r in flat["rows"]} >= {f"int8-24bit, bfloat16, {isa}", "lion, int8", "torch fused"}
     assert all(r["of_limit"] > 0 for r in flat["rows"] if r.get("format") and r["rule"] == "adam")

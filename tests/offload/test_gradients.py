@@ -110,9 +110,11 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path) -> None:
     with pytest.raises(tierflow.NonFiniteGradient, match=r"step 1: the gradient of .* not finite"):
         b.step()
     assert tiny.same(before, tiny.weights(model))
+    order = list(b.engine.recorder.trace.order)  # of the step that ended there
     b.zero_grad()
     loss_of(model).backward()
     b.step()
+    assert b.engine.recorder.trace.order == order
     b.close()
 
 

@@ -109,7 +109,7 @@ void check_step(Rule rule, Master master, Moments moments, Dtype grad, bool gene
     args.param = s.param.data(), args.master = s.master.data(), args.grad = s.grad.data();
     args.exp_avg = s.m.data(), args.exp_avg_sq = s.v.data();
     args.scale = reinterpret_cast<float*>(s.scale.data());
-    for (int t = 0; t < 3; ++t, ++args.key) launch_step(step, args, n, 1 + t);
+    for (int t = 0; t < 3; ++t, ++args.key) launch_steps({{step, args, n}}, 1 + t);
     args.key -= 3;
     canonical(s.param, kParamDtype[master]);
     if (kMasterSize[master] == 4) canonical(s.master, kF32);
