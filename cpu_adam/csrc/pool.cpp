@@ -9,7 +9,6 @@
 #include <system_error>
 #include <thread>
 
-#include "team.hpp"
 #include "topology.hpp"
 
 namespace cpu_adam {
@@ -116,15 +115,6 @@ void Pool::run(Task task, void* context, std::size_t count, int threads) {
     return;
   }
   Job job{task, context, cut(count)};
-  struct Here {
-    Job& job;
-    const Pool& pool;
-  } here{job, *this};
-  const auto share = [](void* opaque) {
-    auto& h = *static_cast<Here*>(opaque);
-    h.job.work(h.pool.caller_node());
-  };
-  if (run_on_team(share, &here, threads)) return;
   grow(threads - 1);
   {
     std::lock_guard<std::mutex> lock(mutex_);

@@ -25,8 +25,7 @@ class Pool {
   // parent's locks may be held by them.
   static Pool& get();
 
-  // Calls task(context, i) for each i below `count`, on the caller and at most threads - 1 workers, which are torch's
-  // where that can be (see team.hpp). A call that finds
+  // Calls task(context, i) for each i below `count`, on the caller and at most threads - 1 workers. A call that finds
   // the pool busy with another thread's loop does its work on its own thread instead of waiting.
   void run(Task task, void* context, std::size_t count, int threads);
 

@@ -23,7 +23,7 @@ HASH = "93a4e64c950e38bf"
 def build(compiler, machine, folder, link=()):
     define, isas = BUILDS[machine]
     objects = []
-    jobs = {name: [] for name in ("dispatch", "launch", "pool", "team", "topology", "isa_scalar")} | {f"isa_{k}": v for k, v in isas.items()}
+    jobs = {name: [] for name in ("dispatch", "launch", "pool", "topology", "isa_scalar")} | {f"isa_{k}": v for k, v in isas.items()}
     sources = {name: (CSRC / f"{name}.cpp", flags) for name, flags in jobs.items()}
     sources["driver"] = (HERE / "native" / "driver.cpp", [])
     for name, (source, flags) in sources.items():

@@ -83,31 +83,6 @@ def test_parity_with_torch_s_avx2_build():
     assert done.returncode == 0 and "passed" in done.stdout and "skipped" not in done.stdout, done.stdout
 
 
-THREADS_NOW = """
-import os, sys, threading, torch
-from tierflow.cpu_adam import kernels as k
-torch.set_num_threads(2)
-if len(sys.argv) > 1:
-    torch.ones(1 << 20).add_(1)  # its threads are there now
-x, y = torch.ones(1 << 20), torch.zeros(1 << 20)
-before = len(os.listdir("/proc/self/task"))
-def loop(n):
-    k.intake(y, x, accumulate=True, threads=n)
-    return len(os.listdir("/proc/self/task")) - before
-print([loop(2), loop(3), loop(8)])
-other = threading.Thread(target=loop, args=(2,))
-other.start(); other.join()
-assert (y == 4).all()
-"""
-
-
-def test_torch_s_threads_do_the_work_where_torch_runs():
-    """Counted by the threads that come into being: torch's one is there already, the pool's come when they are needed."""
-    ours = python("-c", THREADS_NOW, "after torch", TIERFLOW_OWN_THREADS="1").stdout
-    assert ours == "[1, 2, 7]\n"
-    assert python("-c", THREADS_NOW, "after torch").stdout == "[0, 0, 7]\n"  # eight are many more than torch has
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_forked_child_gets_threads_of_its_own():
@@ -226,7 +201,7 @@ def test_several_nodes_change_no_bit(tmp_path):
         "x = torch.arange(3_000_001.0); y = torch.zeros(3_000_001); "
         "print(len(c.numa_nodes('')), [k.intake(y, x, accumulate=True, threads=n).sum_squares.hex() for n in (1, 2, 5)])"
     )
-    several = python("-c", code, TIERFLOW_NODE_DIR=str(tmp_path), TIERFLOW_OWN_THREADS="1")
+    several = python("-c", code, TIERFLOW_NODE_DIR=str(tmp_path))
     one = python("-c", code, TIERFLOW_NODE_DIR=str(tmp_path / "none"))
     assert several.returncode == one.returncode == 0, several.stderr + one.stderr
     assert several.stdout.split()[0] == str(len(os.sched_getaffinity(0))) and one.stdout.split()[0] == "1"
