@@ -16,7 +16,7 @@ from torch.autograd.graph import increment_version
 
 from . import _cpu_adam, kernels, state
 from .formats import StateFormat
-from .operands import FLOATS, Operands, check_overlap, operands
+from .operands import FLOATS, Operands, check_apart, check_overlap, operands
 from .rules import Rule
 
 __all__ = ["Batch", "Prepared"]
@@ -65,7 +65,6 @@ class Batch:
     def __init__(self, rule: Rule, prepared: dict[int, Prepared]):
         self._rule, self._prepared = rule, prepared
         self._native = _cpu_adam.Batch(kernels.isa_index(None))
-        self._elements = 0
         self._operands: list[Operands] = []
         self._fresh = False  # something of it is new
         self._gradients: list[Tensor] = []  # copies, alive until they are read
@@ -96,12 +95,11 @@ class Batch:
             grad = grad.contiguous()
             self._gradients.append(grad)
         pointer = grad.data_ptr()
-        _check_apart(pointer, grad.nbytes, found)
+        check_apart(pointer, grad.nbytes, found)
         step = int(kept["step"].item()) + 1
         self._native.add(
             *found[:-1], pointer, code, *constants(step), 1.0, sign, seed & 0xFFFFFFFFFFFFFFFF, step, 0, count
         )
-        self._elements += found.n
         self._operands.append(found)
         if not count:
             self._counts.append(kept["step"])
@@ -129,19 +127,12 @@ class Batch:
         """Steps all of them, and counts it. Raises ValueError, with nothing stepped, where two share memory."""
         if self._fresh:
             check_overlap(_named(self._operands))
-        self._native.run(kernels.threads_for_step(None, self._elements))
+        self._native.run(kernels.threads_for_step(None, sum(found.n for found in self._operands)))
         increment_version(self._params)  # the kernel wrote behind autograd's back
         for p, weight in self._copies:
             p.copy_(weight)
         if self._counts:
             torch._foreach_add_(self._counts, 1.0)
-
-
-def _check_apart(pointer: int, nbytes: int, found: Operands) -> None:
-    """Raises ValueError where the gradient shares memory with an operand."""
-    for begin, size, name in found.spans:
-        if pointer < begin + size and begin < pointer + nbytes:
-            raise ValueError(f"grad and {name} overlap in memory")
 
 
 def _named(found: Iterable[Operands]) -> Iterable[tuple[int, int, str]]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import _cpu_adam
 from .formats import GROUP
-from .operands import FLOATS, address, check_overlap, operands
+from .operands import FLOATS, address, check_apart, check_overlap, operands
 from .rules import ADAM, Hyper, Rule
 
 __all__ = [
@@ -173,7 +173,7 @@ def rule_step(
     """One step of any rule; `moments` holds what `rule.moments` names. For the rest see `adam_step`."""
     found = operands(rule, param, moments, master, scale)
     g_ptr = address("grad", grad, found.n, FLOATS)
-    check_overlap([*found.spans, (g_ptr, grad.nbytes, "grad")])
+    check_apart(g_ptr, grad.nbytes, found)
     if hyper.step < 1:
         raise ValueError(f"step counts from 1, got {hyper.step}")
     if index < 0 or index % GROUP:

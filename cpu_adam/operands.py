@@ -13,7 +13,7 @@ from . import _cpu_adam
 from .formats import GROUP, kernel_codes
 from .rules import EXP_AVG, EXP_AVG_SQ, Rule
 
-__all__ = ["FLOATS", "Operands", "Span", "address", "check_overlap", "operands"]
+__all__ = ["FLOATS", "Operands", "Span", "address", "check_apart", "check_overlap", "operands"]
 
 #: (address, bytes, name) of a tensor's memory.
 Span = tuple[int, int, str]
@@ -66,6 +66,13 @@ def check_overlap(spans: Iterable[Span]) -> None:
     for (begin, size, name), (following, _, other) in pairwise(taken):
         if begin + size > following:
             raise ValueError(f"{name} and {other} overlap in memory")
+
+
+def check_apart(pointer: int, nbytes: int, found: Operands) -> None:
+    """Raises ValueError where the gradient shares memory with an operand."""
+    for begin, size, name in found.spans:
+        if pointer < begin + size and begin < pointer + nbytes:
+            raise ValueError(f"grad and {name} overlap in memory")
 
 
 def operands(

@@ -24,10 +24,10 @@ from tierflow.scheduler.hooks import ModelHooks, in_backward
 from tierflow.scheduler.idle import IdleGradients
 from tierflow.scheduler.jobs import Job
 from tierflow.scheduler.lookahead import LookAhead
+from tierflow.scheduler.param_step import ParamStep
 from tierflow.scheduler.plan import MemoryPlan
 from tierflow.scheduler.rates import Bandwidths
 from tierflow.scheduler.report import Report, make_report
-from tierflow.scheduler.rules import Rule
 from tierflow.scheduler.scaling import Scaling
 from tierflow.scheduler.schedule import schedule_text
 from tierflow.scheduler.speculation import PATIENCE, Speculation
@@ -376,8 +376,8 @@ class Engine:
         self._counters.grad_norm = total**0.5
         return total**0.5
 
-    def update(self, rules: dict[int, Rule], slots: list[GradSlot]) -> None:
-        """Runs the update of every slot; ``rules`` by id of parameter."""
+    def update(self, steps: dict[int, ParamStep], slots: list[GradSlot]) -> None:
+        """Runs the update of every slot; ``steps`` by id of parameter."""
         self.usable()
         began = time.perf_counter()
         if self.hooks is not None:
@@ -389,7 +389,7 @@ class Engine:
         self.user_writes.follow(self.victims())
         jobs = []
         for unit in self.units:
-            entries = [(ready[id(p)], rules[id(p)]) if id(p) in ready else None for p in unit.params]
+            entries = [(ready[id(p)], steps[id(p)]) if id(p) in ready else None for p in unit.params]
             if any(entries):
                 jobs.append(Job(unit, entries, whole=self.due.deferred))
         left = self.due.resolve(jobs)

@@ -9,16 +9,16 @@ from dataclasses import dataclass, field
 import torch
 
 from tierflow.scheduler.gradients import GradSlot
-from tierflow.scheduler.rules import Rule
+from tierflow.scheduler.param_step import ParamStep
 from tierflow.scheduler.units import STATES, Slot, Unit
 from tierflow.swap import Chunk, Kind, Lease, Ticket, Tier
 
-Entry = tuple[GradSlot, Rule]
+Entry = tuple[GradSlot, ParamStep]
 
 
 @dataclass(eq=False)
 class Job:
-    """One unit's update: per slot its gradient and rule, or None where there is nothing to do."""
+    """One unit's update: per slot its gradient and step, or None where there is nothing to do."""
 
     unit: Unit
     entries: list[Entry | None]
@@ -66,8 +66,8 @@ class Piece:
     fills: list[Ticket] = field(default_factory=list)  # to a device, where the compute waits for them
 
 
-def segments(job: Job, begin: int, end: int) -> Iterator[tuple[int, int, Slot, GradSlot, Rule]]:
-    """The parameters with a gradient that meet elements [begin, end): (low, high, slot, gradient, rule)."""
+def segments(job: Job, begin: int, end: int) -> Iterator[tuple[int, int, Slot, GradSlot, ParamStep]]:
+    """The parameters with a gradient that meet elements [begin, end): (low, high, slot, gradient, step)."""
     for slot, entry in zip(job.unit.slots, job.entries, strict=True):
         low, high = max(begin, slot.offset), min(end, slot.offset + slot.numel)
         if entry is not None and low < high:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from tierflow.scheduler.gradients import GradSlot
 from tierflow.scheduler.jobs import Entry, Job, kinds
-from tierflow.scheduler.rules import Rule
+from tierflow.scheduler.param_step import ParamStep
 from tierflow.scheduler.trace import Recorder
 from tierflow.scheduler.units import Unit
 from tierflow.scheduler.update import UpdateQueue
@@ -51,7 +51,7 @@ class Speculation:
         self._queue, self._recorder, self._busy, self._patience = queue, recorder, busy, patience
         self._slots = slots
         self._units = {id(p): u for u in units for p in u.params if self._suits(u)}
-        self._rules: dict[int, Rule] | None = None
+        self._steps: dict[int, ParamStep] | None = None
         self._arrived: dict[int, int] = {}
         self._expected: dict[int, int] = {}
         self._ready: list[Unit] = []
@@ -65,26 +65,26 @@ class Speculation:
 
     # ---- in the backward
 
-    def start(self, rules: dict[int, Rule]) -> None:
-        """A step begins; ``rules`` are those of an update that nothing stands against."""
+    def start(self, steps: dict[int, ParamStep]) -> None:
+        """A step begins; ``steps`` are those of an update that nothing stands against."""
         self._arrived.clear()
         self._ready.clear()
         promising = self._unclipped >= self._patience and bool(self._expected) and self._recorder.learned
-        self._rules = rules if promising else None
+        self._steps = steps if promising else None
 
     @property
     def active(self) -> bool:
         """Whether this step's updates are tried in its backward."""
-        return self._rules is not None
+        return self._steps is not None
 
     def arrived(self, param_id: int) -> None:
         """A gradient was accumulated."""
         self._arrived[param_id] = self._arrived.get(param_id, 0) + 1
         unit = self._units.get(param_id)
-        if self._rules is None or unit is None or unit.index in self._attempts or unit in self._ready:
+        if self._steps is None or unit is None or unit.index in self._attempts or unit in self._ready:
             return
         params = [id(p) for p in unit.params]
-        if all(self._arrived.get(p) == self._expected.get(p) for p in params) and any(p in self._rules for p in params):
+        if all(self._arrived.get(p) == self._expected.get(p) for p in params) and any(p in self._steps for p in params):
             self._ready.append(unit)
 
     def advance(self) -> None:
@@ -100,9 +100,9 @@ class Speculation:
             self._on_attempt(unit)
 
     def _entry(self, param_id: int) -> Entry | None:
-        assert self._rules is not None
-        present = param_id in self._rules and self._slots[param_id].present()
-        return (self._slots[param_id], self._rules[param_id]) if present else None
+        assert self._steps is not None
+        present = param_id in self._steps and self._slots[param_id].present()
+        return (self._slots[param_id], self._steps[param_id]) if present else None
 
     def holds(self, unit: Unit) -> bool:
         """Whether the unit's newest bytes are those of an update that does not count yet."""
@@ -123,7 +123,7 @@ class Speculation:
                 left.append(job)
         self.undo_all()
         self._expected, self._arrived = self._arrived, {}
-        self._rules = None
+        self._steps = None
         self._ready.clear()
         unclipped = all(e[1].clip == 1.0 for job in jobs for e in job.entries if e is not None)
         self._unclipped = self._unclipped + 1 if unclipped else 0

@@ -8,12 +8,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from tierflow.cpu_adam import kernels, reference
-from tierflow.cpu_adam.rules import ADAM
-from tierflow.cpu_adam.rules import Rule as UpdateRule
+from tierflow.cpu_adam.rules import ADAM, Rule
 from tierflow.scheduler.gradients import GradSlot
 from tierflow.scheduler.idle import IdleGradients
 from tierflow.scheduler.jobs import Job, Piece, kinds, segments
-from tierflow.scheduler.rules import Rule
+from tierflow.scheduler.param_step import ParamStep
 from tierflow.scheduler.units import Slot, Unit
 from tierflow.swap import Chunk, Kind, Lane, Manager, Ticket, Tier
 from tierflow.swap.lanes import finish
@@ -33,7 +32,7 @@ class Stager:
     """
 
     def __init__(
-        self, manager: Manager, on_device: bool, worker: bool, rule: UpdateRule = ADAM, idle: IdleGradients | None = None
+        self, manager: Manager, on_device: bool, worker: bool, rule: Rule = ADAM, idle: IdleGradients | None = None
     ):  # fmt: skip
         self.manager, self.on_device, self._rule = manager, on_device, rule
         self.idle = idle or IdleGradients()
@@ -141,7 +140,7 @@ class Stager:
         nbytes = sum(t.nbytes for t in piece.tensors.values())
         self._timeline.follow(Lane.UPDATE, f"{piece.job.unit.label} update", work, nbytes)
 
-    def _update(self, piece: Piece, begin: int, end: int, slot: Slot, grad: GradSlot, rule: Rule) -> None:
+    def _update(self, piece: Piece, begin: int, end: int, slot: Slot, grad: GradSlot, settings: ParamStep) -> None:
         """Elements [begin, end) of the unit, which are one parameter's.
 
         [Note: rounding by chance] The kernels draw for each element from a seed, the step and its place. Seed and place are
@@ -157,8 +156,8 @@ class Stager:
             here = {k: _part(unit, k, t, low - piece.begin, high - piece.begin) for k, t in piece.tensors.items()}
             step(
                 self._rule, here[Kind.PARAM], memory[low - slot.offset : high - slot.offset],
-                {name: here[Kind(name)] for name in self._rule.moments}, hyper=rule.hyper, master=here.get(Kind.MASTER),
-                scale=here.get(Kind.SCALE), maximize=rule.maximize, unscale=rule.unscale, clip=rule.clip,
+                {name: here[Kind(name)] for name in self._rule.moments}, hyper=settings.hyper, master=here.get(Kind.MASTER),
+                scale=here.get(Kind.SCALE), maximize=settings.maximize, unscale=settings.unscale, clip=settings.clip,
                 seed=slot.order, index=low - slot.offset,
             )  # fmt: skip
 

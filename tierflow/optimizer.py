@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 
-from tierflow.cpu_adam.rules import ADAM
-from tierflow.cpu_adam.rules import Rule as UpdateRule
+from tierflow.cpu_adam.rules import ADAM, Hyper, Rule
 from tierflow.loss_scale import LossScale, ScaleAtMinimum
 from tierflow.scheduler.engine import Engine
 from tierflow.scheduler.gradients import GradSlot
-from tierflow.scheduler.rules import Rule
+from tierflow.scheduler.param_step import ParamStep
 
 log = logging.getLogger("tierflow")
 
@@ -32,7 +31,7 @@ _OWN: dict[str, dict[str, Any]] = {
 }
 
 
-def defaults_of(rule: UpdateRule) -> dict[str, Any]:
+def defaults_of(rule: Rule) -> dict[str, Any]:
     """What a param group of the rule's has for the keys that it leaves out; the rule does not look at every key."""
     return _ADAMW | _OWN.get(rule.name, {})
 
@@ -66,7 +65,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         groups: list[dict[str, Any]],
         gradient_clipping: float = 0.0,
         scale: LossScale | None = None,
-        rule: UpdateRule = ADAM,
+        rule: Rule = ADAM,
     ):
         self.engine = engine
         self.gradient_clipping = gradient_clipping
@@ -156,12 +155,12 @@ class OffloadOptimizer(torch.optim.Optimizer):
         Updates may then run in the backward; where the step turns out otherwise they are undone, bit for bit.
         """
         if self.engine.speculation is not None:
-            self.engine.speculation.start(self._rules(1.0))
+            self.engine.speculation.start(self._steps(1.0))
 
     def _update(self, slots: list[GradSlot]) -> None:
-        rules = self._rules(self._clip_factor(slots))
-        ready = [s for s in slots if id(s.param) in rules]
-        self.engine.update(rules, ready)
+        steps = self._steps(self._clip_factor(slots))
+        ready = [s for s in slots if id(s.param) in steps]
+        self.engine.update(steps, ready)
         for slot in ready:
             self.engine.step_counts[id(slot.param)] += 1
         self.steps_taken += 1
@@ -196,18 +195,18 @@ class OffloadOptimizer(torch.optim.Optimizer):
         norm = torch.tensor(self.last_grad_norm, dtype=torch.float32)
         return float(torch.clamp(self.gradient_clipping / (norm + 1e-6), max=1.0))
 
-    def _rules(self, clip: float) -> dict[int, Rule]:
-        rules = {}
+    def _steps(self, clip: float) -> dict[int, ParamStep]:
+        steps = {}
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for p in group["params"]:
                 slot = self.engine.slots[id(p)]
-                rules[id(p)] = Rule(
+                hyper = Hyper(
                     self.engine.step_counts[id(p)] + 1, float(group["lr"]), float(beta1), float(beta2),
-                    group["eps"], group["weight_decay"], group["decoupled_weight_decay"], group["maximize"],
-                    slot.factor, clip,
+                    group["eps"], group["weight_decay"], group["decoupled_weight_decay"],
                 )  # fmt: skip
-        return rules
+                steps[id(p)] = ParamStep(hyper, group["maximize"], slot.factor, clip)
+        return steps
 
     def state_dict(self) -> dict[str, Any]:
         """Groups, step counts and the loss scale; no state tensor is read."""

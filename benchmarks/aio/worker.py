@@ -20,7 +20,7 @@ Run = dict[str, Any]
 
 
 def own_the_processor() -> None:
-    """Raises the priority of this session's scheduling group, where that is allowed: others' work then counts less."""
+    """Raises the priority of this process's scheduling group, where that is allowed: others' work then counts less."""
     try:
         with open("/proc/self/autogroup", "w") as group:
             group.write("-20")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tierflow.cpu_adam import CPUAdamW
 
-inputs = pytest.importorskip("torch.testing._internal.common_optimizers")
+inputs = pytest.importorskip("torch.testing._internal.common_optimizers", reason="torch's own test inputs need expecttest")
 
 GOOD = [i for i in inputs.optim_inputs_func_adamw("cpu") if not i.kwargs.get("amsgrad")]
 NOT_HERE = [i for i in inputs.optim_inputs_func_adamw("cpu") if i.kwargs.get("amsgrad")]

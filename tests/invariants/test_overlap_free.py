@@ -12,16 +12,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tierflow.cpu_adam import kernels
-from tierflow.cpu_adam.rules import ADAGRAD, ADAM, LION, Hyper
-from tierflow.cpu_adam.rules import Rule as UpdateRule
+from tierflow.cpu_adam.rules import ADAGRAD, ADAM, LION, Hyper, Rule
 from tierflow.scheduler.contents import read_bytes, write_bytes
 from tierflow.scheduler.gradients import GradContext, GradSlot
 from tierflow.scheduler.homes import Homes
 from tierflow.scheduler.jobs import Job
 from tierflow.scheduler.memory import build_manager
+from tierflow.scheduler.param_step import ParamStep
 from tierflow.scheduler.placement import Caps, Placement, kinds_of
 from tierflow.scheduler.plan import MemoryPlan
-from tierflow.scheduler.rules import Rule
 from tierflow.scheduler.stager import Stager
 from tierflow.scheduler.units import STATES, ShardGeometry, Unit, make_chunks, partition
 from tierflow.scheduler.update import UpdateQueue
@@ -99,14 +98,14 @@ def homes(manager: Manager, units: list[Unit]) -> dict[tuple[int, Kind], torch.T
     return found
 
 
-def at_once(jobs: list[Job], update: UpdateRule, held: dict[tuple[int, Kind], torch.Tensor]) -> None:
+def at_once(jobs: list[Job], update: Rule, held: dict[tuple[int, Kind], torch.Tensor]) -> None:
     """The same update, parameter by parameter, on copies."""
     for job in jobs:
         unit = job.unit
         for slot, entry in zip(unit.slots, job.entries, strict=True):
             if entry is None:
                 continue
-            grad, rule = entry
+            grad, step = entry
             part = {k: held[unit.index, k][slot.offset : slot.offset + slot.numel] for k in unit.chunks if k not in (Kind.GRAD, Kind.SCALE)}
             scale = held.get((unit.index, Kind.SCALE))
             if scale is not None:
@@ -114,8 +113,8 @@ def at_once(jobs: list[Job], update: UpdateRule, held: dict[tuple[int, Kind], to
                 scale = scale[slot.offset // 64 * each : -(-(slot.offset + slot.numel) // 64) * each]
             kernels.rule_step(
                 update, part[Kind.PARAM], grad.memory.view(-1).clone(), {name: part[Kind(name)] for name in update.moments},
-                master=part.get(Kind.MASTER), scale=scale, maximize=rule.maximize, unscale=rule.unscale, clip=rule.clip,
-                hyper=Hyper(rule.step, rule.lr, rule.beta1, rule.beta2, rule.eps, rule.weight_decay, rule.decoupled),
+                master=part.get(Kind.MASTER), scale=scale, maximize=step.maximize, unscale=step.unscale, clip=step.clip,
+                hyper=step.hyper,
                 seed=slot.order,
             )  # fmt: skip
 
@@ -167,12 +166,13 @@ def run_case(path: Path, case: dict) -> int:
         expected = homes(manager, units)
         jobs, index = [], 0
         for unit in units:
-            entries: list[tuple[GradSlot, Rule] | None] = []
+            entries: list[tuple[GradSlot, ParamStep] | None] = []
             for slot, p in zip(unit.slots, unit.params, strict=True):
                 memory = torch.randn(slot.numel, generator=generator).to(unit.dtype)
                 grad = GradSlot(slot.names[0], p, memory, GradContext(manager.lane))
-                rule = Rule(index + 1, 1e-2 / (index + 1), 0.9, 0.99, 1e-8, 0.1, index % 2 == 0, index % 3 == 0, 1.0, 0.7)
-                entries.append(None if index in case["without"] else (grad, rule))
+                hyper = Hyper(index + 1, 1e-2 / (index + 1), 0.9, 0.99, 1e-8, 0.1, index % 2 == 0)
+                step = ParamStep(hyper, index % 3 == 0, 1.0, 0.7)
+                entries.append(None if index in case["without"] else (grad, step))
                 index += 1
             if any(entries):
                 jobs.append(Job(unit, entries, whole=case["whole"]))
