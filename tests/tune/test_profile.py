@@ -171,3 +171,16 @@ def test_a_run_with_a_profile_opens_its_store_so_and_reports_by_its_rates(file: 
         assert engine.bandwidths is not None and engine.bandwidths.read == 4e9 and engine.bandwidths.mixed_write == 1.25e9
     finally:
         optimizer.close()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_bytes_of_a_format_are_those_that_the_kernels_describe(name: str) -> None:
+    """`tune` imports no torch, so it has them written down."""
+    import torch
+
+    from tierflow.cpu_adam.formats import resolve
+
+    dtype = torch.float32 if name == "fp32" else torch.bfloat16
+    state, weight = resolve(name, dtype).state_bytes(), dtype.itemsize
+    assert FORMATS[name].states == (state, state)
+    assert FORMATS[name].everything == (state + 2 * weight, state + weight)
