@@ -16,38 +16,48 @@ from tierflow.swap.manager import Victims
 SPAN_BYTES = 8 << 20
 
 
-def read_bytes(manager: Manager, chunk: Chunk, begin: int, end: int, victims: Victims) -> torch.Tensor:
-    """Bytes [begin, end) of the chunk's true content as a new uint8 CPU tensor."""
-    out = whole = torch.empty(end - begin, dtype=torch.uint8)
-    tier = manager.home(chunk)
+def read_bytes(manager: Manager, unit: Unit, kind: Kind, begin: int, end: int, victims: Victims) -> torch.Tensor:
+    """Bytes [begin, end) of a kind's true content as a new uint8 CPU tensor."""
+    out = torch.empty(end - begin, dtype=torch.uint8)
+    for chunk, first, low, high in _parts(unit, kind, begin, end):
+        _read_part(manager, chunk, low - first, out[low - begin : high - begin], victims)
+    return out
+
+
+def write_bytes(manager: Manager, unit: Unit, kind: Kind, begin: int, data: torch.Tensor, victims: Victims) -> None:
+    """Replaces bytes of the home; the caller answers for other copies (``Manager.wrote``)."""
+    manager.reclaim()  # states that were read ahead may be these
+    for chunk, first, low, high in _parts(unit, kind, begin, begin + data.nbytes):
+        _write_part(manager, chunk, low - first, data[low - begin : high - begin], victims)
+
+
+def _parts(unit: Unit, kind: Kind, begin: int, end: int) -> Iterator[tuple[Chunk, int, int, int]]:
+    """Of each chunk that holds any of the kind's bytes [begin, end): where it begins, and those that it holds."""
+    first = 0
+    for chunk in unit.parts(kind):
+        low, high = max(begin, first), min(end, first + chunk.nbytes)
+        if low < high:
+            yield chunk, first, low, high
+        first += chunk.nbytes
+
+
+def _read_part(manager: Manager, chunk: Chunk, begin: int, out: torch.Tensor, victims: Victims) -> None:
+    tier, end = manager.home(chunk), begin + out.nbytes
     if tier is not Tier.NVME:
         out.copy_(manager.memory(chunk, tier).bytes()[begin:end])
-        return out
-    front = manager.front(chunk)
-    if front is not None:
-        part = front[begin:end]
-        out[: part.numel()].copy_(part)
-        begin, out = begin + part.numel(), out[part.numel() :]
+        return
     for low, high, scratch in _spans(manager, chunk, begin, end, victims):
         finish(manager.read(chunk, scratch, low))
         a, b = max(low, begin), min(high, end)
         out[a - begin : b - begin] = scratch[a - low : b - low]
-    return whole
 
 
-def write_bytes(manager: Manager, chunk: Chunk, begin: int, data: torch.Tensor, victims: Victims) -> None:
-    """Replaces bytes of the home; the caller answers for other copies (``Manager.wrote``)."""
-    manager.reclaim()  # states that were read ahead may be these
+def _write_part(manager: Manager, chunk: Chunk, begin: int, data: torch.Tensor, victims: Victims) -> None:
     manager.settle_chunk(chunk)  # a prefetch under way would keep the old bytes, or half of them
     tier, end = manager.home(chunk), begin + data.nbytes
     if tier is not Tier.NVME:
         manager.memory(chunk, tier).bytes()[begin:end].copy_(data)
         return
-    front = manager.front(chunk)
-    if front is not None:
-        part = front[begin:end]
-        part.copy_(data[: part.numel()])
-        begin, data = begin + part.numel(), data[part.numel() :]
     for low, high, scratch in _spans(manager, chunk, begin, end, victims):
         a, b = max(low, begin), min(high, end)
         if (a, b) != (low, high):
@@ -80,11 +90,11 @@ def _spans(manager: Manager, chunk: Chunk, begin: int, end: int, victims: Victim
 
 def read_parameter(manager: Manager, unit: Unit, slot: Slot, victims: Victims) -> torch.Tensor:
     """A copy of one parameter from its home, on the CPU."""
-    return read_bytes(manager, unit.chunk, *slot_bytes(unit.chunk, slot), victims).view(unit.dtype).view(slot.shape)
+    return read_bytes(manager, unit, Kind.PARAM, *slot_bytes(unit.chunk, slot), victims).view(unit.dtype).view(slot.shape)
 
 
 def slot_bytes(chunk: Chunk, slot: Slot) -> tuple[int, int]:
-    """Where the parameter's bytes begin and end in a chunk of its unit."""
+    """Where the parameter's bytes begin and end in a whole kind of its unit."""
     begin = chunk.bytes_of(slot.offset)
     return begin, begin + chunk.bytes_of(slot.numel)
 
@@ -102,8 +112,8 @@ def store_parameter(manager: Manager, unit: Unit, slot: Slot, values: torch.Tens
         rest = values.float() if kept == torch.float32 else torch.zeros(slot.numel, dtype=kept)
         if kept != torch.float32 and values.dtype != torch.bfloat16:  # a bf16 value is its own master: nothing is left
             working, rest = _split(values.float(), kept)
-        _put(manager, master, slot, rest, victims)
-    _put(manager, unit.chunk, slot, working, victims)
+        _put(manager, unit, Kind.MASTER, slot, rest, victims)
+    _put(manager, unit, Kind.PARAM, slot, working, victims)
 
 
 def _split(master: torch.Tensor, kept: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,11 +140,11 @@ def follow_user(manager: Manager, unit: Unit, slot: Slot, weights: torch.Tensor,
     master, weights = unit.chunks[Kind.MASTER], weights.contiguous().view(-1)
     kept = unit.layouts[Kind.MASTER].dtype
     if kept != torch.float32:
-        _put(manager, master, slot, torch.zeros(slot.numel, dtype=kept), victims)
+        _put(manager, unit, Kind.MASTER, slot, torch.zeros(slot.numel, dtype=kept), victims)
         return
-    held = read_bytes(manager, master, *slot_bytes(master, slot), victims).view(torch.float32)
+    held = read_bytes(manager, unit, Kind.MASTER, *slot_bytes(master, slot), victims).view(torch.float32)
     changed = held.to(unit.dtype) != weights
-    _put(manager, master, slot, torch.where(changed, weights.float(), held), victims)
+    _put(manager, unit, Kind.MASTER, slot, torch.where(changed, weights.float(), held), victims)
 
 
 class UserWrites:
@@ -167,37 +177,36 @@ class UserWrites:
         self._versions.update({id(p): p._version for p in unit.params if id(p) in self._versions})
 
 
-def _put(manager: Manager, chunk: Chunk, slot: Slot, values: torch.Tensor, victims: Victims) -> None:
-    write_bytes(manager, chunk, chunk.bytes_of(slot.offset), values.contiguous().view(torch.uint8), victims)
+def _put(manager: Manager, unit: Unit, kind: Kind, slot: Slot, values: torch.Tensor, victims: Victims) -> None:
+    begin, _ = slot_bytes(unit.chunks[kind], slot)
+    write_bytes(manager, unit, kind, begin, values.contiguous().view(torch.uint8), victims)
 
 
 def write_back(manager: Manager, unit: Unit, victims: Victims) -> bool:
     """Carries the DEVICE copy home if it differs; zeroes what MASTER held of the weights that changed."""
     chunk = unit.chunk
     now = manager.memory(chunk, Tier.DEVICE).bytes()[: chunk.nbytes].to("cpu")
-    master = unit.chunks.get(Kind.MASTER)
     home = manager.home(chunk)
-    before = now if home is Tier.DEVICE else read_bytes(manager, chunk, 0, chunk.nbytes, victims)
+    before = now if home is Tier.DEVICE else read_bytes(manager, unit, Kind.PARAM, 0, chunk.nbytes, victims)
     if home is not Tier.DEVICE and torch.equal(now, before):
         return False
     if home is not Tier.DEVICE:
-        write_bytes(manager, chunk, 0, now, victims)
+        write_bytes(manager, unit, Kind.PARAM, 0, now, victims)
         manager.wrote(chunk, Tier.DEVICE)
         manager.ledger.apply(chunk, home, Event.BEGIN_FILL)
         manager.ledger.apply(chunk, home, Event.END_FILL)
-    if master is not None:
-        _follow(manager, unit, master, now.view(unit.dtype), before.view(unit.dtype), victims)
+    if Kind.MASTER in unit.chunks:
+        _follow(manager, unit, now.view(unit.dtype), before.view(unit.dtype), victims)
     return True
 
 
-def _follow(
-    manager: Manager, unit: Unit, master: Chunk, now: torch.Tensor, before: torch.Tensor, victims: Victims
-) -> None:
+def _follow(manager: Manager, unit: Unit, now: torch.Tensor, before: torch.Tensor, victims: Victims) -> None:
     """Makes MASTER agree with weights that a user set: nothing left, or the fp32 value."""
-    held, kept = read_bytes(manager, master, 0, master.nbytes, victims), unit.layouts[Kind.MASTER].dtype
+    kept, nbytes = unit.layouts[Kind.MASTER].dtype, unit.chunks[Kind.MASTER].nbytes
+    held = read_bytes(manager, unit, Kind.MASTER, 0, nbytes, victims)
     if kept != torch.float32:
         held.view(kept)[now != before] = 0
     else:
         changed = now.float() != held.view(torch.float32).to(unit.dtype).float()
         held.view(torch.float32)[changed] = now.float()[changed]
-    write_bytes(manager, master, 0, held, victims)
+    write_bytes(manager, unit, Kind.MASTER, 0, held, victims)

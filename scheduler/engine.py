@@ -135,7 +135,7 @@ class Engine:
                 self.updates, self.recorder, self.units, self.slots, self._busy, self.binder.shut, self._patience
             )  # fmt: skip
         self.user_writes.note()
-        named = ((c.id, f"{u.label} {kind.value}") for u in self.units for kind, c in u.chunks.items())
+        named = ((c.id, f"{u.label} {kind.value}") for u in self.units for kind in u.chunks for c in u.parts(kind))
         self.manager.timeline.names.update(named)
         if hooked:
             self.hooks = ModelHooks(self, self.model, self.units)

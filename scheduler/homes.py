@@ -1,52 +1,69 @@
 """Which tier each kind of each unit lives in for good, under the caps.
 
 The placement names the slowest tier that a kind may live in. Room that is left in a faster tier is filled in the order
-of first use: DEVICE with weights, HOST with weights and then with optimizer states, the last of these cut where the
-room ends. What lives in memory crosses no link at all; a cache of the same size would spare the reads only. The first
-units of the order are those that the next forward and its updates need before anything could be brought up.
+of first use, with weights by the unit and then with optimizer states, the last of these cut where the room ends; so
+states are in any number of bytes in each tier. What lives in memory crosses no link at all; a cache of the same size
+would spare the reads only. The first units of the order are those that the next forward and its updates need before
+anything could be brought up. While weights stream through DEVICE, what is left there is their cache, and serves what no
+plan can know (a view that is kept, a checkpoint within a block); states go there once all weights live there.
+
+[Note: states on an accelerator] They are updated by the processor's kernels, so that the caps decide no bit. In HOST they
+cross no link, on the DEVICE they cross the bus, which is still faster than a drive. So HOST is filled with states first,
+and DEVICE takes what would live on NVMe. Without an accelerator the two are one memory, and DEVICE comes first.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, count
 
 from tierflow.scheduler.placement import Caps, Needs, Placement, Together, working_needs
 from tierflow.scheduler.units import STATES, Unit
-from tierflow.swap import Kind, Tier
+from tierflow.swap import Kind, Manager, Tier
 
 
 @dataclass(frozen=True)
 class Homes:
-    """The tier of every (unit index, kind), and how many elements of a unit's states are in HOST ahead of the rest."""
+    """The tier of every (unit index, kind).
+
+    ``ahead``: by unit index, how many elements of the states are in other tiers ahead of the rest, in this order.
+    """
 
     tiers: dict[tuple[int, Kind], Tier]
-    front: dict[int, int]
+    ahead: dict[int, dict[Tier, int]]
 
     def of(self, unit: Unit, kind: Kind) -> Tier:
-        """Where the kind lives (what is in front of it apart)."""
+        """Where the kind lives; of states that are split, the last of them."""
         return self.tiers[unit.index, kind]
 
     def of_states(self, unit: Unit) -> Tier | None:
-        """Where the optimizer states live (what is in front of them apart); None for a unit that has none."""
+        """Where the optimizer states live, or the last of them; None for a unit that has none."""
         return next((self.of(unit, chunk.kind) for chunk in unit.states), None)
+
+    def parts(self, unit: Unit, kind: Kind) -> Iterator[tuple[Tier, int]]:
+        """(tier, elements) of the parts that the kind is split into, in order."""
+        ahead = self.ahead.get(unit.index, {}) if kind in STATES else {}
+        yield from ahead.items()
+        yield self.of(unit, kind), unit.chunks[kind].numel - sum(ahead.values())
+
+    def bytes_in(self, unit: Unit, kind: Kind, tier: Tier) -> int:
+        """Bytes of the kind that live in the tier."""
+        return sum(unit.chunks[kind].bytes_of(n) for t, n in self.parts(unit, kind) if t is tier)
 
     def streamed(self, units: list[Unit]) -> list[Unit]:
         """Units whose weights come and go."""
         return [u for u in units if self.of(u, Kind.PARAM) is not Tier.DEVICE]
 
     def resident(self, units: list[Unit]) -> dict[tuple[Tier, Kind], int]:
-        """Bytes of every (tier, kind). What is in front has its place in NVMe too."""
+        """Bytes of every (tier, kind)."""
         table: dict[tuple[Tier, Kind], int] = {}
-
-        def count(tier: Tier, kind: Kind, nbytes: int) -> None:
-            if nbytes:
-                table[tier, kind] = table.get((tier, kind), 0) + nbytes
-
         for unit in units:
             for kind, chunk in unit.chunks.items():
-                count(self.of(unit, kind), kind, chunk.nbytes)
-                if kind in STATES:
-                    count(Tier.HOST, kind, chunk.bytes_of(self.front.get(unit.index, 0)))
+                for tier, elements in self.parts(unit, kind):
+                    if elements:
+                        table[tier, kind] = table.get((tier, kind), 0) + chunk.bytes_of(elements)
         return table
 
 
@@ -57,38 +74,51 @@ def choose_homes(
     tiers = {(u.index, kind): placement.home(kind) for u in units for kind in u.chunks}
     first = sorted(units, key=lambda u: order.index(u.index) if u.index in order else len(order))
     homes = Homes(tiers, {})
-    _fill_device(homes, first, placement, caps, together)
-    _fill_host(homes, first, placement, caps, together)
+
+    def room(tier: Tier) -> int:
+        needs = needs_of(homes, units, placement, together)
+        good = needs.device_good if tier is Tier.DEVICE else needs.host_good
+        return caps.of(tier) - _stay(homes, units, tier) - good
+
+    for unit in homes.streamed(first):
+        before = homes.tiers[unit.index, Kind.PARAM]
+        homes.tiers[unit.index, Kind.PARAM] = Tier.DEVICE
+        if room(Tier.DEVICE) < 0:
+            homes.tiers[unit.index, Kind.PARAM] = before
+    for unit in first:
+        if homes.tiers[unit.index, Kind.PARAM] is Tier.NVME and unit.chunk.nbytes <= room(Tier.HOST):
+            homes.tiers[unit.index, Kind.PARAM] = Tier.HOST
+    on_device = () if homes.streamed(units) else (Tier.HOST, Tier.NVME) if placement.device_is_host else (Tier.NVME,)
+    turns = [(Tier.DEVICE, on_device), (Tier.HOST, (Tier.NVME,))]
+    for tier, slower in turns if placement.device_is_host else reversed(turns):
+        _fill_with_states(homes, first, tier, slower, partial(room, tier))
     return homes
 
 
-def _fill_device(homes: Homes, units: list[Unit], placement: Placement, caps: Caps, together: Together) -> None:
-    for unit in homes.streamed(units):
-        before = homes.tiers[unit.index, Kind.PARAM]
-        homes.tiers[unit.index, Kind.PARAM] = Tier.DEVICE
-        if _stay(homes, units, Tier.DEVICE) + needs_of(homes, units, placement, together).device_good > caps.device:
-            homes.tiers[unit.index, Kind.PARAM] = before
-
-
-def _fill_host(homes: Homes, units: list[Unit], placement: Placement, caps: Caps, together: Together) -> None:
-    def room() -> int:
-        needs = needs_of(homes, units, placement, together)
-        return caps.host - _stay(homes, units, Tier.HOST) - needs.host_good
-
-    for unit in units:
-        if homes.tiers[unit.index, Kind.PARAM] is Tier.NVME and unit.chunk.nbytes <= room():
-            homes.tiers[unit.index, Kind.PARAM] = Tier.HOST
+def _fill_with_states(homes: Homes, units: list[Unit], tier: Tier, slower: Collection[Tier], room: Callable[[], int]) -> None:
+    """Moves what lives in ``slower`` tiers: units in order as they fit, then a part of the first that did not."""
     cut: Unit | None = None
     for unit in units:
-        if homes.of_states(unit) is not Tier.NVME:
+        if homes.of_states(unit) not in slower:
             continue
-        if sum(chunk.nbytes for chunk in unit.states) <= room():
-            homes.tiers.update({(unit.index, chunk.kind): Tier.HOST for chunk in unit.states})
+        if sum(homes.bytes_in(unit, chunk.kind, homes.of(unit, chunk.kind)) for chunk in unit.states) <= room():
+            homes.tiers.update({(unit.index, chunk.kind): tier for chunk in unit.states})
         elif cut is None:
             cut = unit
     if cut is not None:
-        grains = max(room(), 0) // sum(chunk.bytes_of(cut.grain) for chunk in cut.states)
-        homes.front[cut.index] = grains * cut.grain
+        grains = room() // sum(chunk.bytes_of(cut.grain) for chunk in cut.states)
+        if grains > 0:
+            homes.ahead.setdefault(cut.index, {})[tier] = grains * cut.grain
+
+
+def create_chunks(manager: Manager, units: list[Unit], homes: Homes) -> None:
+    """Gives every chunk its permanent place, and cuts the states that have several."""
+    ids = count(1 + max(chunk.id for unit in units for chunk in unit.chunks.values()))
+    for unit in units:
+        unit.split_states(list(accumulate(homes.ahead.get(unit.index, {}).values())), ids)
+        for kind in unit.chunks:
+            for part, (tier, _) in zip(unit.parts(kind), homes.parts(unit, kind), strict=True):
+                manager.create(part, tier)
 
 
 def needs_of(homes: Homes, units: list[Unit], placement: Placement, together: Together) -> Needs:
@@ -101,8 +131,9 @@ def needs_of(homes: Homes, units: list[Unit], placement: Placement, together: To
 
 def _stages(homes: Homes, unit: Unit, placement: Placement) -> bool:
     """Whether the update brings anything of the unit to HOST."""
-    out_of_reach = homes.of(unit, Kind.PARAM) is Tier.DEVICE and not placement.device_is_host
-    return homes.of_states(unit) is Tier.NVME or (out_of_reach and placement.optimizer is not Tier.DEVICE)
+    tiers = {tier for kind in (Kind.PARAM, *STATES) if kind in unit.chunks for tier, n in homes.parts(unit, kind) if n}
+    on_nvme = homes.of_states(unit) is Tier.NVME
+    return on_nvme or (Tier.DEVICE in tiers and not placement.device_is_host and placement.optimizer is not Tier.DEVICE)
 
 
 def _stay(homes: Homes, units: list[Unit], tier: Tier) -> int:

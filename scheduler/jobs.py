@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 
@@ -74,17 +75,16 @@ def segments(job: Job, begin: int, end: int) -> Iterator[tuple[int, int, Slot, G
             yield low, high, slot, entry[0], entry[1]
 
 
-def spans(job: Job, step: int, front: int = 0, every: bool = False) -> list[tuple[int, int]]:
-    """Spans of at most ``step`` elements that hold anything to update, in order; none across element ``front``.
+def spans(job: Job, step: int, every: bool = False) -> list[tuple[int, int]]:
+    """Spans of at most ``step`` elements that hold anything to update, in order; none across a cut of the unit's states.
 
     ``every``: also those that hold nothing.
     """
-    numel = job.unit.chunk.numel
-    parts = [(0, front), (front, numel)]
+    parts = pairwise([0, *job.unit.cuts, job.unit.chunk.numel])
     cut = [(b, min(b + step, end)) for begin, end in parts for b in range(begin, end, step)]
     return [span for span in cut if every or next(segments(job, *span), None) is not None]
 
 
 def kinds(unit: Unit) -> dict[Kind, Chunk]:
-    """What the update reads and writes of the unit, its gradient not included."""
+    """What the update reads and writes of the unit as a whole, its gradient not included."""
     return {kind: unit.chunks[kind] for kind in (Kind.PARAM, *STATES) if kind in unit.chunks}

@@ -79,7 +79,7 @@ class MemoryPlan:
 
 def second_slots(unit: Unit, homes: Homes) -> list[Chunk]:
     """What an update of the unit overwrites, if it may run in the backward: its states are on NVMe, all of them."""
-    on_nvme = homes.of_states(unit) is Tier.NVME and not homes.front.get(unit.index)
+    on_nvme = homes.of_states(unit) is Tier.NVME and unit.index not in homes.ahead
     return [chunk for kind, chunk in unit.chunks.items() if kind is not Kind.GRAD] if on_nvme else []
 
 

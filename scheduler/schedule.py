@@ -36,16 +36,9 @@ def schedule_text(units: list[Unit], plan: MemoryPlan, order: list[int], prefetc
 def _events(units: list[Unit], plan: MemoryPlan, use: Use, first: bool) -> Iterator[str]:
     unit = units[use.unit]
     if first and unit.trainable:
-        written = sum(_on_nvme(plan, unit, kind) for kind in (Kind.PARAM, *STATES))
+        written = sum(plan.homes.bytes_in(unit, kind, Tier.NVME) for kind in (Kind.PARAM, *STATES) if kind in unit.chunks)
         yield f"updated before, {written / 1e6:.2f} MB to NVMe behind it" if written else "updated before"
     if use.fetched:
         yield "brings " + ", ".join(units[i].label for i in use.fetched)
     if use.dropped:
         yield "drops " + ", ".join(units[i].label for i in use.dropped)
-
-
-def _on_nvme(plan: MemoryPlan, unit: Unit, kind: Kind) -> int:
-    chunk = unit.chunks.get(kind)
-    if chunk is None or plan.homes.of(unit, kind) is not Tier.NVME:
-        return 0
-    return chunk.nbytes - (chunk.bytes_of(plan.homes.front.get(unit.index, 0)) if kind is not Kind.PARAM else 0)

@@ -13,7 +13,7 @@ from tierflow.scheduler.gradients import GradSlot
 from tierflow.scheduler.idle import IdleGradients
 from tierflow.scheduler.jobs import Job, Piece, kinds, segments
 from tierflow.scheduler.param_step import ParamStep
-from tierflow.scheduler.units import Slot, Unit
+from tierflow.scheduler.units import STATES, Slot, Unit
 from tierflow.swap import Chunk, Kind, Lane, Manager, Ticket, Tier
 from tierflow.swap.lanes import finish
 from tierflow.swap.manager import Victims
@@ -49,21 +49,19 @@ class Stager:
                 return tier
         return None
 
-    def front(self, unit: Unit) -> int:
-        """Elements of the unit's states that live in HOST ahead of the rest."""
-        chunk = unit.states[0]
-        found = self.manager.front(chunk)
-        return 0 if found is None else found.numel() // chunk.itemsize * chunk.group
-
     def streams(self, unit: Unit) -> bool:
         """Whether the unit has states on NVMe."""
         return any(self.manager.home(chunk) is Tier.NVME for chunk in unit.states)
 
-    def where(self, job: Job, begin: int = -1) -> dict[Kind, Tier | None]:
+    def where(self, job: Job, begin: int) -> dict[Kind, Tier | None]:
         """Per kind: the tier in which its bytes from element ``begin`` on are updated in place, None where staged."""
-        in_front = 0 <= begin < self.front(job.unit)
-        found = {k: Tier.HOST if in_front else self.in_place(c) for k, c in kinds(job.unit).items()}
-        return found | {Kind.PARAM: job.tier}
+        unit = job.unit
+        states = {kind: self.in_place(unit.part(kind, begin)) for kind in STATES if kind in unit.chunks}
+        return {Kind.PARAM: job.tier} | states
+
+    def stages(self, job: Job) -> bool:
+        """Whether any part of the update is staged."""
+        return any(tier is None for begin in (0, *job.unit.cuts) for tier in self.where(job, begin).values())
 
     def needs(self, piece: Piece) -> int:
         """Bytes of staging memory."""
@@ -88,13 +86,14 @@ class Stager:
         if need and not piece.borrowed:
             piece.scratch = self.manager.scratch(Tier.HOST, need, victims, wait)
         for kind, tier in self.where(piece.job, piece.begin).items():
-            chunk = unit.chunks[kind]
+            chunk = unit.part(kind, piece.begin)
+            begin, end = piece.begin - chunk.begin, piece.end - chunk.begin
             if tier is not None:
                 if kind is not Kind.PARAM:
-                    piece.tensors[kind] = _part(unit, kind, self.flat(unit, kind, tier), piece.begin, piece.end)
+                    piece.tensors[kind] = _part(unit, kind, self.flat(unit, chunk, tier), begin, end)
                 continue
             assert piece.scratch is not None
-            nbytes, at = chunk.bytes_of(piece.end - piece.begin), chunk.bytes_of(piece.begin)
+            nbytes, at = chunk.bytes_of(end - begin), chunk.bytes_of(begin)
             data = piece.scratch.bytes()[offset : offset + nbytes]
             offset += nbytes
             piece.tensors[kind] = data.view(unit.layouts[kind].dtype)
@@ -119,7 +118,7 @@ class Stager:
     def compute(self, piece: Piece) -> None:
         """Starts the kernel over the piece, whose bytes are there."""
         if piece.job.tier is not None:
-            weights = self.flat(piece.job.unit, Kind.PARAM, piece.job.tier)
+            weights = self.flat(piece.job.unit, piece.job.unit.chunk, piece.job.tier)
             piece.tensors[Kind.PARAM] = weights[piece.begin : piece.end]
         if self._worker is not None:
             piece.kernel = self._worker.submit(self._kernel, piece)
@@ -165,8 +164,8 @@ class Stager:
         """Starts writing what changed to the homes that are not where it was computed."""
         manager, spare, held = self.manager, piece.job.speculative, piece.job.held
         for kind, data in piece.tensors.items():
-            chunk = piece.job.unit.chunks[kind]
-            at = chunk.bytes_of(piece.begin)
+            chunk = piece.job.unit.part(kind, piece.begin)
+            at = chunk.bytes_of(piece.begin - chunk.begin)
             if kind in piece.before:
                 piece.writes.append(manager.write(chunk, piece.before[kind].view(torch.uint8), at, spare))
             if manager.home(chunk) is Tier.NVME and kind is Kind.PARAM:  # others' weights wait for the held copy's room
@@ -205,12 +204,9 @@ class Stager:
                 manager.drop_scratch(Tier.HOST, lease)
         manager.wrote(chunk, manager.home(chunk))
 
-    def flat(self, unit: Unit, kind: Kind, tier: Tier) -> torch.Tensor:
-        """A whole kind of the unit in a memory tier, as a flat tensor."""
-        chunk = unit.chunks[kind]
-        front = self.manager.front(chunk)
-        data = self.manager.memory(chunk, tier).bytes()[: chunk.nbytes] if front is None else front
-        return data.view(unit.layouts[kind].dtype)
+    def flat(self, unit: Unit, chunk: Chunk, tier: Tier) -> torch.Tensor:
+        """What a chunk of the unit has in a memory tier, as a flat tensor."""
+        return self.manager.memory(chunk, tier).bytes()[: chunk.nbytes].view(unit.layouts[chunk.kind].dtype)
 
     def close(self) -> None:
         """Ends the kernels' thread."""

@@ -9,7 +9,7 @@ from torch import nn
 from tierflow.scheduler.placement import AHEAD
 from tierflow.scheduler.plan import MemoryPlan
 from tierflow.scheduler.trace import Trace
-from tierflow.scheduler.units import Unit, module_units
+from tierflow.scheduler.units import STATES, Unit, module_units
 from tierflow.swap import Kind, Tier
 
 
@@ -25,11 +25,9 @@ def estimate(
     read = sum(streamed[i].chunk.nbytes for i in fetched if i in streamed)
     written = 0
     for unit in units:
-        on_nvme = {k: c for k, c in unit.chunks.items() if k is not Kind.GRAD and plan.homes.of(unit, k) is Tier.NVME}
         if not unit.trainable:
             continue
-        front = plan.homes.front.get(unit.index, 0)
-        states = sum(c.nbytes - c.bytes_of(front) for k, c in on_nvme.items() if k is not Kind.PARAM)
+        states = sum(plan.homes.bytes_in(unit, kind, Tier.NVME) for kind in STATES if kind in unit.chunks)
         weights = unit.chunk.nbytes if unit.index in streamed else 0
         read += states + (weights if immediate and unit.index not in left else 0)
         written += states + weights

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from math import lcm
 
 import torch
@@ -37,7 +38,8 @@ class Unit:
     """Parameters of one dtype, one trainability and one state format that move together. ``numel`` includes padding.
 
     ``exact``: they keep exact states in a lossy format too (`StateFormat.keeps_fp32`). ``layouts``: what each kind's bytes
-    are. ``grain``: in elements, of where the unit may be cut, so that a piece of every kind is whole I/O blocks.
+    are. ``grain``: in elements, of where the unit may be cut, so that a piece of every kind is whole I/O blocks. ``chunks``:
+    every kind as a whole. ``cuts``: the elements at which its states are cut, to live in several tiers.
     """
 
     index: int
@@ -51,6 +53,8 @@ class Unit:
     chunks: dict[Kind, Chunk] = field(default_factory=dict, repr=False)
     layouts: Mapping[Kind, KindLayout] = field(default_factory=dict, repr=False)
     grain: int = IO_BYTES
+    cuts: tuple[int, ...] = ()
+    _parts: dict[Kind, list[Chunk]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def label(self) -> str:
@@ -64,8 +68,24 @@ class Unit:
 
     @property
     def states(self) -> list[Chunk]:
-        """What an update needs beside the weights and their gradient. They share a home; none without training."""
-        return [self.chunks[kind] for kind in STATES if kind in self.chunks]
+        """What an update needs beside the weights and their gradient; none without training."""
+        return [part for kind in STATES if kind in self.chunks for part in self.parts(kind)]
+
+    def parts(self, kind: Kind) -> list[Chunk]:
+        """The chunks that hold the kind, in order: one, or one for each tier that it is split over."""
+        return self._parts.get(kind) or [self.chunks[kind]]
+
+    def part(self, kind: Kind, element: int) -> Chunk:
+        """The one of them that holds the element."""
+        return next(p for p in self.parts(kind) if element < p.begin + p.numel)
+
+    def split_states(self, cuts: Sequence[int], ids: Iterator[int]) -> None:
+        """Cuts the states at these elements, multiples of the grain; ``ids`` are those of the new chunks."""
+        self.cuts, ends = tuple(cuts), [0, *cuts, self.chunk.numel]
+        for kind in STATES if cuts else ():
+            if kind in self.chunks:
+                whole = self.chunks[kind]
+                self._parts[kind] = [replace(whole, id=next(ids), numel=b - a, begin=a) for a, b in pairwise(ends)]
 
 
 @dataclass(frozen=True)

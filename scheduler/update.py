@@ -361,9 +361,8 @@ class UpdateQueue:
         return Tier.DEVICE if self.stager.on_device else Tier.HOST
 
     def _cut(self, job: Job, every: bool = False) -> list[tuple[int, int]]:
-        staged = job.speculative or any(tier is None for tier in self.stager.where(job).values())
-        step = self.piece_elements if staged else job.unit.chunk.numel
-        return spans(job, step, self.stager.front(job.unit), every)
+        staged = job.speculative or self.stager.stages(job)
+        return spans(job, self.piece_elements if staged else job.unit.chunk.numel, every)
 
     def _stage_weights(self, job: Job) -> None:
         """Nothing is in flight, so the home has what the held copy has: its room serves the staging."""

@@ -81,7 +81,6 @@ class Manager:
         self._leases: dict[tuple[int, Tier], Lease] = {}
         self._extents: dict[int, Extent] = {}
         self._spares: dict[int, Extent] = {}
-        self._fronts: dict[int, Lease] = {}
         self._homes: dict[int, Tier] = {}
         self._cached: dict[Tier, dict[int, Chunk]] = {Tier.DEVICE: {}, Tier.HOST: {}}
         self._fetches: dict[int, Fetch] = {}
@@ -89,14 +88,8 @@ class Manager:
 
     # ---- homes
 
-    def create(self, chunk: Chunk, home: Tier, front: int = 0) -> None:
-        """Gives the chunk its permanent place. The bytes there are undefined until written.
-
-        ``front``: so many of its first bytes are in HOST instead of on NVMe, for good.
-        """
-        if front:
-            self._fronts[chunk.id] = self.pools[Tier.HOST].resident.lease(front)
-            self.ledger.hold_scratch(Tier.HOST, front)
+    def create(self, chunk: Chunk, home: Tier) -> None:
+        """Gives the chunk its permanent place. The bytes there are undefined until written."""
         if home is Tier.NVME:
             assert self.store is not None
             self._extents[chunk.id] = self.store.allocate(chunk.nbytes)
@@ -125,11 +118,6 @@ class Manager:
     def cached(self, tier: Tier) -> list[Chunk]:
         """Chunks with a copy in the tier that may come and go."""
         return list(self._cached[tier].values())
-
-    def front(self, chunk: Chunk) -> torch.Tensor | None:
-        """The chunk's first bytes as far as they live in HOST, where the rest is on NVMe."""
-        lease = self._fronts.get(chunk.id)
-        return None if lease is None else lease.bytes()
 
     def memory(self, chunk: Chunk, tier: Tier) -> Lease:
         """The lease of a copy in a memory tier."""
@@ -527,9 +515,8 @@ class Manager:
                     _quietly(ticket)
         self._fetches.clear()
         self.lane.close()
-        for lease in (*self._leases.values(), *self._fronts.values()):
+        for lease in self._leases.values():
             lease.release()
-        self._fronts.clear()
         self._leases.clear()
         self.ledger.forget()
         if self.store is not None:

@@ -49,10 +49,10 @@ class CopyState(enum.Enum):
 
 @dataclass(frozen=True)
 class Chunk:
-    """One rank's shard of one kind of one unit.
+    """One rank's shard of one kind of one unit, or what of it lives in one tier.
 
-    It serves the elements ``[rank * numel, (rank + 1) * numel)`` of the unit's padded flat buffer, with ``itemsize`` bytes
-    for each ``group`` of them. All kinds of a unit share the element layout.
+    It serves the elements ``[begin, begin + numel)`` of the rank's share of the unit's padded flat buffer, with ``itemsize``
+    bytes for each ``group`` of them. All kinds of a unit share the element layout.
     """
 
     id: int
@@ -63,6 +63,7 @@ class Chunk:
     rank: int = 0
     world: int = 1
     group: int = 1
+    begin: int = 0
 
     @property
     def nbytes(self) -> int:

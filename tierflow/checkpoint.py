@@ -155,10 +155,9 @@ def _shape(unit: Unit, slot: Slot, kind: Kind) -> tuple[int, ...]:
 
 
 def _stream(engine: Engine, unit: Unit, slot: Slot, kind: Kind) -> Iterator[torch.Tensor]:
-    chunk = unit.chunks[kind]
-    begin, end = slot_bytes(chunk, slot)
+    begin, end = slot_bytes(unit.chunks[kind], slot)
     for at in range(begin, end, SPAN_BYTES):
-        yield read_bytes(engine.manager, chunk, at, min(at + SPAN_BYTES, end), engine.victims())
+        yield read_bytes(engine.manager, unit, kind, at, min(at + SPAN_BYTES, end), engine.victims())
 
 
 def _check_tensor(files: WeightFiles, unit: Unit, slot: Slot, kind: Kind) -> None:
@@ -189,8 +188,8 @@ def _check_codes(source: Path, files: WeightFiles, engine: Engine, unit: Unit, s
 
 
 def _restore(engine: Engine, unit: Unit, slot: Slot, kind: Kind, tensor: torch.Tensor) -> None:
-    chunk, data = unit.chunks[kind], tensor.contiguous().view(-1).view(torch.uint8)
-    write_bytes(engine.manager, chunk, chunk.bytes_of(slot.offset), data, engine.victims())
+    begin, _ = slot_bytes(unit.chunks[kind], slot)
+    write_bytes(engine.manager, unit, kind, begin, tensor.contiguous().view(-1).view(torch.uint8), engine.victims())
     if kind is Kind.PARAM:
         engine.home_was_written(unit)
 

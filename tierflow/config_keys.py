@@ -144,8 +144,8 @@ _PLACES = [
     _honoured(f"{_OPTIM}.device", _TIER, "auto", note="not faster than offload_param.device"),
     _honoured(f"{_OPTIM}.nvme_path", _FOLDERS, "offload_param's", "directory"),
     _refused(f"{_OPTIM}.ratio", NUMBER, (1,),
-             "a split of the optimizer between device and host is not available; faster tiers with room left serve as "
-             "its cache anyway, so leave ratio out"),
+             "states are split over the tiers by the room under their caps, and one processor updates them all; set "
+             "tierflow.device_memory and host_memory instead"),
     *_many(Role.COMPUTED, _PARAM, WHOLE, "buffer_count buffer_size max_in_cpu", _BUFFERS),
     *_many(Role.COMPUTED, _OPTIM, WHOLE, "buffer_count buffer_size", _BUFFERS),
     *_many(Role.COMPUTED, _PARAM, BOOL, "pin_memory", "host memory is one arena, registered with the device if it can be"),

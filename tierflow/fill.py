@@ -67,7 +67,7 @@ def _give_back(manager: Manager, moved: list[tuple[Unit, Slot, torch.nn.Paramete
         values = read_parameter(manager, unit, slot, _no_victims)
         master = unit.chunks.get(Kind.MASTER)
         if dtype != unit.dtype and master is not None:  # it came as fp32: what the format keeps of that is there
-            rest = read_bytes(manager, master, *slot_bytes(master, slot), _no_victims)
+            rest = read_bytes(manager, unit, Kind.MASTER, *slot_bytes(master, slot), _no_victims)
             values = join_master(values, rest.view(unit.layouts[Kind.MASTER].dtype))
         with raw():
             param.data = values.to(param.device, dtype).view(slot.shape)

@@ -22,12 +22,12 @@ from tierflow.fill import Source, fill, from_model
 from tierflow.loss_scale import LossScale
 from tierflow.optimizer import OffloadOptimizer, check_group, defaults_of, groups_of
 from tierflow.scheduler.engine import Engine
+from tierflow.scheduler.homes import create_chunks
 from tierflow.scheduler.memory import build_manager
 from tierflow.scheduler.placement import DoesNotFit, Placement, Together, kinds_of
 from tierflow.scheduler.plan import MemoryPlan, make_plan, second_slots, table_text
 from tierflow.scheduler.traffic import default_order, estimate
 from tierflow.scheduler.units import (
-    STATES,
     ShardGeometry,
     Unit,
     make_chunks,
@@ -294,11 +294,9 @@ def _build(
         if note:
             log.warning(note)
     try:
-        for unit in units:
-            for kind, chunk in unit.chunks.items():
-                front = plan.homes.front.get(unit.index, 0) if kind in STATES else 0
-                manager.create(chunk, plan.homes.of(unit, kind), chunk.bytes_of(front))
-            for chunk in second_slots(unit, plan.homes) if plan.spare else ():
+        create_chunks(manager, units, plan.homes)
+        for unit in units if plan.spare else ():
+            for chunk in second_slots(unit, plan.homes):
                 manager.add_spare(chunk)
         fill(manager, units, source)
         engine = Engine(model, units, plan, manager, settings.prefetch, settings.update)

@@ -17,7 +17,7 @@ from torch import nn
 
 import tierflow
 from tierflow.scheduler import memory as scheduler_memory
-from tierflow.swap import Arena, CudaArena, CudaLane, DebugMemory, Lane, Pool
+from tierflow.swap import Arena, CudaArena, CudaLane, DebugMemory, Kind, Lane, Pool, Tier
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)
@@ -65,9 +65,10 @@ ON_NVME = ("nvme", "param_host_states_nvme", "everything")
 
 
 def offload(model: nn.Module, path: Any, placement: str, debug: bool = False, **kw: Any) -> Any:
-    """With NVMe in the placement the host has room for gradients, weights and staging, and none for states."""
-    host = "140MB" if placement in ON_NVME else "1GB"
-    options = {"device_memory": "512MB", "host_memory": host, "nvme_capacity": "1GB", "device": "cuda:0"}
+    """With NVMe in the placement the host has room for gradients, weights and staging, and hardly any tier for states."""
+    weights = sum(p.nbytes for p in model.parameters())
+    device, host = (weights + (1 << 20), "140MB") if placement in ON_NVME else ("512MB", "1GB")
+    options = {"device_memory": str(device), "host_memory": host, "nvme_capacity": "1GB", "device": "cuda:0"}
     accumulation, clip = kw.pop("accumulation", 1), kw.pop("clip", 0.0)
     config = tiny.config(placement, path, clip=clip, accumulation=accumulation, **(options | kw))
     memory = DebugMemory(random.Random(1)) if debug else None
@@ -106,8 +107,8 @@ def run(path: Any, placement: str, dtype: torch.dtype, accumulation: int = 1, **
 def test_placements_agree_in_every_bit(tmp_path, dtype, accumulation, clip) -> None:
     first = None
     for placement in ("host", "nvme", "param_host", "param_host_states_nvme", "everything"):
-        found = run(tmp_path, placement, dtype, accumulation, clip=clip, debug=True, device_memory=ROOM[dtype] if
-                    placement.startswith(("param", "every")) else "512MB")  # fmt: skip
+        streamed = {"device_memory": ROOM[dtype]} if placement.startswith(("param", "every")) else {}
+        found = run(tmp_path, placement, dtype, accumulation, clip=clip, debug=True, **streamed)
         first = first or found
         assert found[0] == first[0], placement
         assert tiny.same(found[1], first[1]), placement
@@ -121,6 +122,21 @@ def test_lossy_formats_agree_in_every_bit(tmp_path, state, dtype) -> None:
     for placement in ("device", "nvme", "param_host", "everything"):
         found = run(tmp_path, placement, dtype, optimizer_state=state, host_memory="60MB" if placement in ON_NVME else "1GB")
         assert found[0] == first[0] and tiny.same(found[1], first[1]), placement
+
+
+@pytest.mark.parametrize("state", ["fp32", "int8"])
+def test_states_that_the_host_has_no_room_for_live_on_the_device(tmp_path, state) -> None:
+    """A part of them there, a part on NVMe; all of them are updated by the host's kernels."""
+    model = wide()
+    weights, each = sum(p.nbytes for p in model.parameters()), {"fp32": 8, "int8": 2}[state]
+    room = str(weights + weights // 4 * each // 2)
+    first = run(tmp_path, "host", torch.float32, optimizer_state=state)
+    found = run(tmp_path, "nvme", torch.float32, optimizer_state=state, device_memory=room, host_memory="60MB")
+    assert found[0] == first[0] and tiny.same(found[1], first[1])
+    optimizer = offload(model, tmp_path, "nvme", optimizer_state=state, device_memory=room, host_memory="60MB")
+    resident = optimizer.engine.plan.resident
+    assert resident[Tier.DEVICE, Kind.EXP_AVG] and resident[Tier.NVME, Kind.EXP_AVG]
+    optimizer.close()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

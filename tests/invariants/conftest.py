@@ -38,14 +38,3 @@ def small_tmpfs(tmp_path: Path) -> Iterator[Path]:
         pytest.skip(f"no tmpfs can be mounted: {os.strerror(ctypes.get_errno())}")
     yield directory
     libc.umount2(os.fsencode(directory), 2)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These models are tiny: a second thread in torch's operators only waits, and long on a busy machine."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

@@ -89,7 +89,7 @@ def test_arena_pools_and_ledger_equal_the_plan(tmp_path: Path, placement: str, d
         assert pools.working.arena is pools.resident.arena
         assert manager.ledger.budgets[tier] == plan.total(tier) <= plan.caps.of(tier)
         # the kinds that live here, and nothing else, are resident: chunk by chunk, to the byte
-        homes = [c for u in engine.units for c in u.chunks.values() if manager.home(c) is tier]
+        homes = [c for u in engine.units for kind in u.chunks for c in u.parts(kind) if manager.home(c) is tier]
         assert pools.resident.leased == pools.resident.nbytes == sum(c.nbytes for c in homes)
     stored = [c for u in engine.units for c in u.chunks.values() if manager.home(c) is Tier.NVME]
     assert plan.total(Tier.NVME) == sum(c.nbytes for c in stored) == manager.ledger.held(Tier.NVME)

@@ -191,5 +191,6 @@ def test_states_on_nvme_and_tied_weights(tmp_path: Path, update: str) -> None:
         ids = torch.randint(0, 96, (1, 8), generator=torch.Generator().manual_seed(step))
         return model(input_ids=ids, labels=ids).loss
 
-    found = steady_step(model, loss_of, tmp_path, update, placement="nvme", host_memory="400000")
+    device = tiny.tight(model, "nvme")["device_memory"]  # no room for states
+    found = steady_step(model, loss_of, tmp_path, update, placement="nvme", device_memory=device, host_memory="400000")
     assert found == LLAMA[update]

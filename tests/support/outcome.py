@@ -50,7 +50,7 @@ def states_of(engine: Any) -> dict[str, torch.Tensor]:
                 if kind is not Kind.GRAD:
                     begin = chunk.bytes_of(slot.offset)
                     span = begin, begin + chunk.bytes_of(slot.numel)
-                    found[f"{slot.names[0]}.{kind.value}"] = read_bytes(engine.manager, chunk, *span, engine.victims())
+                    found[f"{slot.names[0]}.{kind.value}"] = read_bytes(engine.manager, unit, kind, *span, engine.victims())
     return found
 
 

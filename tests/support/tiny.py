@@ -81,7 +81,8 @@ def tight(
 ) -> dict:  # fmt: skip
     """Caps so low that hardly a unit more than the running module's fits: nothing can be cached for long.
 
-    Nothing that the placement has on NVMe lives in HOST for good under them. ``top``: other blocks of the config.
+    Nothing that the placement has on NVMe lives in HOST for good under them, and on DEVICE nothing where all weights do.
+    ``top``: other blocks of the config.
     """
     from tierflow.config import load_config
     from tierflow.offloading import make_run
@@ -93,7 +94,7 @@ def tight(
         return make_run(model, wanted, torch.device("cpu"), trained, None, direct=direct)
 
     (units, _, _), caps = least(plan)
-    if any(k in caps and caps[k] != 4096 for k in ("device_memory",)):
+    if PLACEMENTS[placement][0] != "none":
         caps["device_memory"] += int(slack * max(u.chunk.nbytes for u in units))
     least_host = caps["host_memory"]
     for part in (1.0, 0.5, 0.25, 0.0):
@@ -109,8 +110,7 @@ def _moved_up(run) -> bool:
 
     units, made, _ = run
     kinds = [(u, kind) for u in units for kind in u.chunks]
-    lower = any(made.homes.of(u, k) is Tier.HOST and made.placement.home(k) is Tier.NVME for u, k in kinds)
-    return lower or any(made.homes.front.values())
+    return any(made.homes.bytes_in(u, k, Tier.HOST) and made.placement.home(k) is Tier.NVME for u, k in kinds)
 
 
 def least(offer, **caps):

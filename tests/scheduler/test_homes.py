@@ -1,0 +1,138 @@
+"""Homes: what room there is under the caps is used to the byte, and a unit's states may be in all three tiers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from outcome import states_of
+from torch import nn
+
+import tierflow
+from tierflow.scheduler.homes import choose_homes, needs_of
+from tierflow.scheduler.placement import Caps, Placement, Together, kinds_of
+from tierflow.scheduler.units import (
+    STATES,
+    ShardGeometry,
+    Unit,
+    make_chunks,
+    partition,
+    units_of_blocks,
+    units_together,
+)
+from tierflow.swap import Kind, Tier
+
+MB = 10**6
+
+
+class Blocks(nn.Module):
+    def __init__(self, sizes: list[int]):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Linear(n, n, bias=False) for n in sizes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            width = block.in_features
+            x = torch.tanh(block(x[:, :width].repeat(1, -(-width // x.shape[1]))[:, :width]))
+        return x.square().mean()
+
+
+def units_for(model: nn.Module, placement: Placement) -> list[Unit]:
+    units = partition(model)
+    make_chunks(units, {u.index: kinds_of(u, placement) for u in units}, ShardGeometry())
+    return units
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 500), min_size=1, max_size=5), device=st.integers(0, 6 * MB), host=st.integers(0, 12 * MB),
+    states=st.sampled_from(["fp32", "bf16", "int8"]), accelerator=st.booleans(), slowest=st.sampled_from([Tier.HOST, Tier.NVME]),
+)  # fmt: skip
+def test_no_room_is_left_while_anything_is_slower(
+    sizes: list[int], device: int, host: int, states: str, accelerator: bool, slowest: Tier
+) -> None:
+    placement = Placement(Tier.NVME, slowest, states, device_is_host=not accelerator, direct=not accelerator)
+    model = Blocks(sizes)
+    units = units_for(model, placement)
+    together, caps = Together(units_together(model, units), units_of_blocks(model, units)), Caps(device, host, 1 << 40)
+    homes = choose_homes(units, placement, caps, together, list(range(len(units))))
+    table, needs = homes.resident(units), needs_of(homes, units, placement, together)
+    room = {
+        tier: cap - good - sum(n for (t, _), n in table.items() if t is tier)
+        for tier, cap, good in ((Tier.DEVICE, device, needs.device_good), (Tier.HOST, host, needs.host_good))
+    }
+    for unit in units:
+        for kind in STATES:
+            if kind in unit.chunks:
+                assert sum(homes.bytes_in(unit, kind, tier) for tier in Tier) == unit.chunks[kind].nbytes
+        assert all(n % unit.grain == 0 for n in homes.ahead.get(unit.index, {}).values())
+
+    def anything(*tiers: Tier) -> bool:
+        return any(table.get((tier, kind)) for tier in tiers for kind in STATES)
+
+    grain = max(sum(chunk.bytes_of(u.grain) for chunk in u.states) for u in units)
+    waits_for_device = (Tier.NVME,) if accelerator else (Tier.HOST, Tier.NVME)
+    assert room[Tier.DEVICE] < grain or homes.streamed(units) or not anything(*waits_for_device)
+    assert not (homes.streamed(units) and anything(Tier.DEVICE))
+    assert room[Tier.HOST] < grain or not anything(Tier.NVME)
+    if accelerator and anything(Tier.DEVICE):  # only what HOST has no room for
+        assert room[Tier.HOST] < grain + max(sum(chunk.nbytes for chunk in u.states) for u in units)
+
+
+@pytest.mark.parametrize("update", ["immediate", "deferred"])
+@pytest.mark.parametrize("state_format", ["fp32", "int8"])
+def test_a_unit_whose_states_are_in_three_tiers_has_the_same_bits(tmp_path: Path, state_format: str, update: str) -> None:
+    def run(place: str, **block: object) -> tuple[list[float], dict[str, torch.Tensor], list[set[Tier]], tuple[int, int]]:
+        model = Blocks([1200])
+        made = tiny.config(place, tmp_path, clip=0.05, optimizer_state=state_format, update=update, **block)
+        model, optimizer = tierflow.offload(model, made)
+        engine, losses = optimizer.engine, []
+        for seed in range(4):
+            loss = model(torch.randn(4, 1200, generator=torch.Generator().manual_seed(seed)))
+            loss.backward()
+            losses.append(loss.item())
+            optimizer.step()
+            optimizer.zero_grad()
+            engine.settle()
+            moved = engine.take_report().traffic
+        tiers = [{engine.manager.home(c) for c in u.parts(Kind.EXP_AVG)} for u in engine.units]
+        assert engine.plan.nvme_read == moved.nvme_read and engine.plan.nvme_written == moved.nvme_written
+        found = losses, states_of(engine), tiers, (moved.nvme_read, moved.nvme_written)
+        engine.manager.ledger.check()
+        optimizer.close()
+        return found
+
+    whole = run("device")
+    numel = 1200 * 1200
+    states = sum(n for name, t in whole[1].items() if not name.endswith(".param") for n in [t.nbytes])
+    third = states // 3 + (1 << 16)
+    # the weights and a third of the states; the gradient, room to stage all there is, and a third of the states
+    split = run("nvme", device_memory=4 * numel + third, host_memory=4 * numel + 4 * numel + states + third)
+    assert whole[2] == [{Tier.DEVICE}] and split[2] == [set(Tier)]
+    assert whole[0] == split[0] and tiny.same(whole[1], split[1])
+    assert 0 < split[3][0] == split[3][1] < states // 2
+
+
+def test_a_checkpoint_does_not_know_of_the_split(tmp_path: Path) -> None:
+    def offload(**block: object):  # type: ignore[no-untyped-def]
+        made = tiny.config("nvme" if block else "device", tmp_path, **block)
+        return tierflow.offload(Blocks([1200]), made)
+
+    tight = {"device_memory": 4 * 1200 * 1200 + (3 << 20), "host_memory": 18 << 20}
+    model, optimizer = offload(**tight)
+    model(torch.ones(2, 1200)).backward()
+    optimizer.step()
+    assert any(optimizer.engine.plan.homes.ahead.values())
+    expected = states_of(optimizer.engine)
+    tierflow.save_checkpoint(model, optimizer, tmp_path / "saved")
+    optimizer.close()
+    for block in ({}, tight):
+        model, optimizer = offload(**block)
+        tierflow.load_checkpoint(model, optimizer, tmp_path / "saved")
+        assert tiny.same(expected, states_of(optimizer.engine))
+        optimizer.close()
