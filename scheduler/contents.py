@@ -38,7 +38,7 @@ def read_bytes(manager: Manager, chunk: Chunk, begin: int, end: int, victims: Vi
 def write_bytes(manager: Manager, chunk: Chunk, begin: int, data: torch.Tensor, victims: Victims) -> None:
     """Replaces bytes of the home; the caller answers for other copies (``Manager.wrote``)."""
     manager.reclaim()  # states that were read ahead may be these
-    manager.settle_chunk(chunk)  # a prefetch under way would keep the old bytes, or half of them
+    manager.fetches.settle_chunk(chunk)  # a prefetch under way would keep the old bytes, or half of them
     tier, end = manager.home(chunk), begin + data.nbytes
     if tier is not Tier.NVME:
         manager.memory(chunk, tier).bytes()[begin:end].copy_(data)

@@ -206,7 +206,7 @@ class Run:
 
     def _nothing_is_held(self) -> None:
         manager = self.inner.manager
-        manager.settle()
+        manager.fetches.settle()
         assert not any(manager.ledger.pins(c, t) for u in self.inner.units for c in u.chunks.values() for t in Tier)
         fronts = sum(lease.nbytes for lease in manager._fronts.values())
         assert manager.ledger._scratch[Tier.HOST] == fronts and not manager.ledger._scratch[Tier.DEVICE]
