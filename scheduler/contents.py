@@ -53,7 +53,7 @@ def _read_part(manager: Manager, chunk: Chunk, begin: int, out: torch.Tensor, vi
 
 
 def _write_part(manager: Manager, chunk: Chunk, begin: int, data: torch.Tensor, victims: Victims) -> None:
-    manager.settle_chunk(chunk)  # a prefetch under way would keep the old bytes, or half of them
+    manager.fetches.settle_chunk(chunk)  # a prefetch under way would keep the old bytes, or half of them
     tier, end = manager.home(chunk), begin + data.nbytes
     if tier is not Tier.NVME:
         manager.memory(chunk, tier).bytes()[begin:end].copy_(data)

@@ -103,7 +103,7 @@ class DueUpdates:
         for unit in self.queue.units():
             if self.queue.pending(unit) and not self._holds(unit):
                 self._settle_unit(unit)
-        self.queue.stager.manager.settle()
+        self.queue.stager.manager.fetches.settle()
 
     def resolve(self, jobs: list[Job]) -> list[Job]:
         """What the backward has not done already."""

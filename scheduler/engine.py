@@ -202,19 +202,19 @@ class Engine:
         until = trace.next_use(unit.index)
         sooner = [self.units[i].chunk for i in trace.upcoming(until - 1)] if until != NEVER else []
         return all(
-            manager.home(c) is Tier.DEVICE or manager.ledger.valid(c, Tier.DEVICE) or manager.is_fetching(c) for c in sooner
+            manager.home(c) is Tier.DEVICE or manager.ledger.valid(c, Tier.DEVICE) or c in manager.fetches for c in sooner
         )
 
     def _fetch(self, unit: Unit) -> None:
         """Brings the unit with its newest weights on its way to DEVICE."""
         self.due.finish(unit)
         try:
-            self.manager.fetch(unit.chunk, self.victims())
+            self.manager.fetches.start(unit.chunk, self.victims())
         except CapacityError:
             if not self.updates:
                 raise
             self.due.run(self.updates.rest)  # what it holds for units that come later
-            self.manager.fetch(unit.chunk, self.victims())
+            self.manager.fetches.start(unit.chunk, self.victims())
 
     @property
     def updates(self) -> UpdateQueue:
@@ -283,7 +283,7 @@ class Engine:
 
     def _visit(self, unit: Unit) -> None:
         """Notes the use."""
-        self.manager.pump()
+        self.manager.fetches.pump()
         self.due.pulse()
         self._looks = 0 if self.recorder.visit(unit.index, self._learning()) else self._looks + 1
 
@@ -294,13 +294,13 @@ class Engine:
         trace = self.recorder.current(self._learning())
         for index in self.look_ahead.due(trace):
             chunk = self.units[index].chunk
-            if self.look_ahead.enough(trace, self.manager.fetching(), self.manager.fetching_bytes()):
+            if self.look_ahead.enough(trace, len(self.manager.fetches), self.manager.fetches.nbytes):
                 return
-            if self.manager.ledger.valid(chunk, Tier.DEVICE) or self.manager.is_fetching(chunk):
+            if self.manager.ledger.valid(chunk, Tier.DEVICE) or chunk in self.manager.fetches:
                 continue
             if self.due.newer_to_come(self.units[index]):
                 return  # the queue brings it up, in this order
-            if not self.manager.fetch(chunk, self.victims(trace.next_use(index)), hint=True):
+            if not self.manager.fetches.start(chunk, self.victims(trace.next_use(index)), hint=True):
                 return
 
     def _aliased(self, chunk: Chunk, lease: Lease) -> bool:

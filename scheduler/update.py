@@ -246,7 +246,7 @@ class UpdateQueue:
 
     def _step(self) -> None:
         """Some progress, waiting for it if need be."""
-        self._manager.pump()
+        self._manager.fetches.pump()
         if self._retire() or self._compute() or self._begin(must=False):
             return
         if self._reading:
@@ -262,7 +262,7 @@ class UpdateQueue:
     def _wait_read(self, piece: Piece) -> None:
         began = time.perf_counter()
         _finish_all(piece.reads)
-        self._manager.settle_chunk(piece.job.unit.chunk)
+        self._manager.fetches.settle_chunk(piece.job.unit.chunk)
         self._manager.traffic.wait_read += time.perf_counter() - began
         self._manager.timeline.wait(Lane.READ, f"{piece.job.unit.label} states", began)
 
@@ -338,7 +338,7 @@ class UpdateQueue:
         if job.tier is not None and home is Tier.NVME:
             victims = self._victims(None if must or job.needed else job.unit)
             try:
-                job.held = manager.fetch(chunk, victims, hint=not must, target=job.tier, hold=True)
+                job.held = manager.fetches.start(chunk, victims, hint=not must, target=job.tier, hold=True)
             except CapacityError:
                 job.whole = False  # not even alone: in pieces, then
             if not job.held:
@@ -367,7 +367,7 @@ class UpdateQueue:
     def _stage_weights(self, job: Job) -> None:
         """Nothing is in flight, so the home has what the held copy has: its room serves the staging."""
         manager, chunk = self._manager, job.unit.chunk
-        manager.settle_chunk(chunk)
+        manager.fetches.settle_chunk(chunk)
         self._home_is_whole(chunk)
         tier = job.tier
         self._let_go(job)
@@ -395,7 +395,7 @@ class UpdateQueue:
     def _ready(self, piece: Piece) -> bool:
         job, chunk = piece.job, piece.job.unit.chunk
         if job.tier is not None and not job.held and self._manager.home(chunk) is Tier.NVME:  # its fetch failed
-            job.held = self._manager.fetch(chunk, self._victims(None), target=job.tier, hold=True)
+            job.held = self._manager.fetches.start(chunk, self._victims(None), target=job.tier, hold=True)
         there = job.tier is None or self._manager.ledger.valid(chunk, job.tier)
         return there and all(t.done() for t in piece.reads)
 
@@ -470,7 +470,7 @@ class UpdateQueue:
 
     def _let_go(self, job: Job) -> None:
         if job.held and job.tier is not None:
-            self._manager.let_go(job.unit.chunk, job.tier)
+            self._manager.fetches.let_go(job.unit.chunk, job.tier)
         job.held = False
 
 

@@ -1,20 +1,20 @@
-"""Moves chunks between tiers and keeps the ledger true while it does.
+"""Gives chunks their memory in the tiers, and keeps the ledger true while copies come and go.
 
 The manager acts; it does not choose. What to give up when a tier is full comes from the caller as an
-ordered list of victims, and what to bring up comes as calls of ``fetch``.
+ordered list of victims, and what to bring up comes as calls of ``fetches.start``.
 """
 
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
 
 from tierflow.aio import Extent, Store
-from tierflow.swap.lanes import DeviceLane, Ticket, finish
+from tierflow.swap.fetches import Fetches
+from tierflow.swap.lanes import DeviceLane, Ticket
 from tierflow.swap.ledger import Event, Ledger
 from tierflow.swap.pool import Lease, Pool
 from tierflow.swap.room import Place, cheapest
@@ -45,24 +45,9 @@ class Traffic:
     wait_write: float = 0.0
 
 
-@dataclass(eq=False)
-class Fetch:
-    """A chunk on its way up: NVMe -> ``landing`` by ``read``, then HOST -> DEVICE by ``fill``."""
-
-    chunk: Chunk
-    target: Tier
-    landing: Tier = Tier.HOST
-    read: Ticket | None = None
-    fill: Ticket | None = None
-    unpin_host: bool = False
-    in_place: bool = False  # refills a stale device copy that has views
-    begun: bool = False  # it has all the memory that it needs
-    holds: int = 0  # pins that the copy gets as soon as it is valid
-
-
 @dataclass
 class Manager:
-    """Every copy's memory, the fetches under way, and the counters."""
+    """Every copy's memory and the counters; ``fetches`` has what is on its way up."""
 
     ledger: Ledger
     pools: dict[Tier, TierPools]
@@ -83,8 +68,8 @@ class Manager:
         self._spares: dict[int, Extent] = {}
         self._homes: dict[int, Tier] = {}
         self._cached: dict[Tier, dict[int, Chunk]] = {Tier.DEVICE: {}, Tier.HOST: {}}
-        self._fetches: dict[int, Fetch] = {}
         self._marks: dict[int, object | None] = {}
+        self.fetches = Fetches(self)
 
     # ---- homes
 
@@ -167,7 +152,7 @@ class Manager:
         """``demand``: it is needed now, so what was taken ahead of use gives way. Raises CapacityError."""
         pool = self.pools[tier].working
         nbytes = -(-nbytes // IO_BYTES) * IO_BYTES
-        ways = [self.reclaim, self._end_fetches, lambda: self._compact(tier, nbytes)] if demand else []
+        ways = [self.reclaim, self.fetches.give_way, lambda: self._compact(tier, nbytes)] if demand else []
         while True:
             with contextlib.suppress(CapacityError):
                 return pool.lease(nbytes)
@@ -208,7 +193,7 @@ class Manager:
         here = [(lease.offset, i) for (i, t), lease in self._leases.items() if t is tier and lease.pool is pool]
         for _, i in sorted(here):
             chunk, lease = self.ledger.chunk(i), self._leases[i, tier]
-            if i in self._fetches or self.busy_aliases(chunk, lease):
+            if chunk in self.fetches or self.busy_aliases(chunk, lease):
                 continue
             data = lease.bytes().clone()
             lease.release()
@@ -219,12 +204,34 @@ class Manager:
         self.lane.reuse_after(None)
         return pool.largest >= nbytes
 
+    # ---- copies that come and go
+
+    def begin_copy(self, chunk: Chunk, tier: Tier, victims: Victims, demand: bool) -> None:
+        """Leases a copy's memory for the caller to fill, evicting ``victims`` as needed. Raises CapacityError.
+
+        ``demand``: it is needed now, so what comes up ahead of use gives way.
+        """
+        self._leases[chunk.id, tier] = self._lease(tier, chunk.nbytes, victims, demand)
+        self._cached[tier][chunk.id] = chunk
+        self.ledger.apply(chunk, tier, Event.BEGIN_FILL)
+
+    def abort_copy(self, chunk: Chunk, tier: Tier, keep: bool = False) -> None:
+        """Drops a copy whose fill failed, if there is one. ``keep``: it has views, and stays where it is, stale."""
+        if self.ledger.state(chunk, tier) is CopyState.FILLING:
+            self.ledger.apply(chunk, tier, Event.ABORT_FILL)
+            if not keep:
+                self.ledger.apply(chunk, tier, Event.EVICT)
+        # a lease whose fill had not begun is in no ledger
+        if self.ledger.state(chunk, tier) is CopyState.ABSENT and (chunk.id, tier) in self._leases:
+            self._leases.pop((chunk.id, tier)).release()
+            self._cached[tier].pop(chunk.id, None)
+
     def evictable(self, chunk: Chunk, tier: Tier) -> bool:
         """Whether the copy may go: not the home, not pinned, not under way, no live alias."""
         lease = self._leases.get((chunk.id, tier))
         if lease is None or self._homes[chunk.id] is tier or self.ledger.pins(chunk, tier):
             return False
-        if self.ledger.state(chunk, tier) is CopyState.FILLING or chunk.id in self._fetches:
+        if self.ledger.state(chunk, tier) is CopyState.FILLING or chunk in self.fetches:
             return False
         return tier is not Tier.DEVICE or not self.busy_aliases(chunk, lease)
 
@@ -242,195 +249,7 @@ class Manager:
             self.lane.reuse_after(mark if lease.pool.debug is None else None)
         self.observer()
 
-    # ---- fetch to DEVICE
-
-    def fetching(self) -> int:
-        """Fetches under way."""
-        return len(self._fetches)
-
-    def fetching_bytes(self) -> int:
-        """Their bytes."""
-        return sum(fetch.chunk.nbytes for fetch in self._fetches.values())
-
-    def is_fetching(self, chunk: Chunk) -> bool:
-        """Whether the chunk is on its way to DEVICE."""
-        return chunk.id in self._fetches
-
-    def fetch(
-        self, chunk: Chunk, victims: Victims, hint: bool = False, target: Tier = Tier.DEVICE, hold: bool = False
-    ) -> bool:
-        """Starts bringing the chunk to ``target`` unless it is there or under way. Raises CapacityError.
-
-        ``hint``: it is wanted later. Then nothing is waited for, and False says that there was no room (the chunk
-        may be on its way to HOST then). ``hold``: pins the copy as soon as it is valid; ``unpin`` undoes it.
-        """
-        fetch = self._fetches.get(chunk.id)
-        if fetch is not None and fetch.target is not target:
-            if hint:
-                return False
-            self._end(fetch)
-        if chunk.id not in self._fetches and not self.ledger.valid(chunk, target) and not self._start(
-            Fetch(chunk, target), victims, hint
-        ):
-            return False
-        if hold and chunk.id in self._fetches:
-            self._fetches[chunk.id].holds += 1
-        elif hold:
-            self.ledger.pin(chunk, target)
-        return True
-
-    def _start(self, fetch: Fetch, victims: Victims, hint: bool) -> bool:
-        chunk, wanted = fetch.chunk, fetch.target
-        self._fetches[chunk.id] = fetch
-        try:
-            if wanted is Tier.DEVICE and self.lane.direct and not self.ledger.valid(chunk, Tier.HOST):
-                self._begin_device(fetch, victims, not hint)
-                fetch.landing = Tier.DEVICE
-                fetch.read = self.read(chunk, self._leases[chunk.id, Tier.DEVICE].bytes()[: chunk.nbytes])
-            else:
-                if not self.ledger.valid(chunk, Tier.HOST):
-                    self._begin_host(fetch, victims, not hint)
-                if wanted is Tier.DEVICE:
-                    self._begin_device(fetch, victims, not hint)
-        except CapacityError:
-            if not hint:
-                self._abort(fetch)
-                raise
-            if fetch.read is None:
-                self._abort(fetch)
-            else:
-                fetch.target = Tier.HOST
-        except BaseException:
-            self._abort(fetch)
-            raise
-        fetch.begun = True
-        self.observer()
-        if chunk.id in self._fetches:
-            self._advance(fetch)
-        return fetch.target is wanted and (chunk.id in self._fetches or self.ledger.valid(chunk, wanted))
-
-    def _begin_host(self, fetch: Fetch, victims: Victims, wait: bool) -> None:
-        chunk = fetch.chunk
-        if self.ledger.state(chunk, Tier.HOST) is CopyState.STALE:
-            self.evict(chunk, Tier.HOST)
-        lease = self._lease(Tier.HOST, chunk.nbytes, victims, wait)
-        self._leases[chunk.id, Tier.HOST] = lease
-        self._cached[Tier.HOST][chunk.id] = chunk
-        self.ledger.apply(chunk, Tier.HOST, Event.BEGIN_FILL)
-        fetch.read = self.read(chunk, lease.bytes()[: chunk.nbytes])
-
-    def _begin_device(self, fetch: Fetch, victims: Victims, wait: bool) -> None:
-        chunk = fetch.chunk
-        if self.ledger.valid(chunk, Tier.HOST):
-            self._pin_host(fetch)  # it must not be chosen as a victim for its own device copy
-        # a stale copy that somebody still has a view of is refilled where it is: the view follows the weight
-        if self.ledger.state(chunk, Tier.DEVICE) is CopyState.STALE:
-            fetch.in_place = True
-            self.lane.reuse_after(None)
-        else:
-            self._leases[chunk.id, Tier.DEVICE] = self._lease(Tier.DEVICE, chunk.nbytes, victims, wait)
-            self._cached[Tier.DEVICE][chunk.id] = chunk
-        self.ledger.apply(chunk, Tier.DEVICE, Event.BEGIN_FILL)
-
-    def _pin_host(self, fetch: Fetch) -> None:
-        self.ledger.pin(fetch.chunk, Tier.HOST)
-        fetch.unpin_host = True
-
-    def _unpin_host(self, fetch: Fetch) -> None:
-        if fetch.unpin_host:
-            self.ledger.unpin(fetch.chunk, Tier.HOST)
-            fetch.unpin_host = False
-
-    def _end_read(self, fetch: Fetch, read: Ticket) -> None:
-        began = time.perf_counter()
-        try:
-            finish(read)
-        except BaseException:
-            fetch.read = None
-            self._abort(fetch)
-            raise
-        fetch.read = None
-        self.timeline.wait(Lane.READ, self.timeline.name(fetch.chunk.id), began)
-        self.ledger.apply(fetch.chunk, fetch.landing, Event.END_FILL)
-        if fetch.target is not fetch.landing:
-            self._pin_host(fetch)
-
-    def _abort(self, fetch: Fetch) -> None:
-        """Gives back what a failed fetch had taken, once nothing writes there any more."""
-        chunk = fetch.chunk
-        self._fetches.pop(chunk.id, None)
-        if fetch.read is not None:
-            with contextlib.suppress(OSError):
-                finish(fetch.read)
-        self._unpin_host(fetch)
-        if fetch.holds:
-            self.on_lost(chunk)
-        for tier in (Tier.HOST, Tier.DEVICE):
-            filling = self.ledger.state(chunk, tier) is CopyState.FILLING
-            if filling:
-                self.ledger.apply(chunk, tier, Event.ABORT_FILL)
-            if filling and not (fetch.in_place and tier is Tier.DEVICE):
-                self.ledger.apply(chunk, tier, Event.EVICT)
-            # a lease whose fill had not begun is in no ledger
-            if self.ledger.state(chunk, tier) is CopyState.ABSENT and (chunk.id, tier) in self._leases:
-                self._leases.pop((chunk.id, tier)).release()
-                self._cached[tier].pop(chunk.id, None)
-        self.lane.reuse_after(None)
-
-    def _end_fetches(self) -> bool:
-        """Waits for what is under way to DEVICE, whose memory nobody could take; whether there was anything."""
-        found = [f for f in self._fetches.values() if f.begun]
-        for fetch in found:
-            self._end(fetch)
-        return bool(found)
-
-    def _end(self, fetch: Fetch) -> None:
-        self._advance(fetch, block=True)
-        if fetch.fill is not None and fetch.chunk.id in self._fetches:
-            began = time.perf_counter()
-            finish(fetch.fill)
-            self.timeline.wait(Lane.TO_DEVICE, self.timeline.name(fetch.chunk.id), began)
-            self._filled(fetch)
-
-    def _advance(self, fetch: Fetch, block: bool = False) -> None:
-        """Carries a fetch as far as it goes without waiting, or (``block``) to where compute may use it."""
-        if fetch.read is not None:
-            if not (block or fetch.read.done()):
-                return
-            began = time.perf_counter()
-            self._end_read(fetch, fetch.read)
-            self.traffic.wait_read += time.perf_counter() - began
-        if fetch.target is fetch.landing:
-            self._filled(fetch)
-            return
-        if fetch.fill is None:
-            self._fill(fetch)
-        if fetch.fill is not None and fetch.fill.done():
-            finish(fetch.fill)
-            self._filled(fetch)
-
-    def _fill(self, fetch: Fetch) -> None:
-        chunk, began = fetch.chunk, time.perf_counter()
-        source = self._leases[chunk.id, Tier.HOST].bytes()[: chunk.nbytes]
-        target = self._leases[chunk.id, Tier.DEVICE].bytes()[: chunk.nbytes]
-        fetch.fill = self.lane.fill(target, source)
-        self.timeline.follow(Lane.TO_DEVICE, self.timeline.name(chunk.id), fetch.fill.times, chunk.nbytes)
-        self.traffic.to_device += chunk.nbytes
-        self.traffic.wait_device += time.perf_counter() - began
-
-    def _filled(self, fetch: Fetch) -> None:
-        """The copy is where it was wanted."""
-        self._unpin_host(fetch)
-        if self.ledger.state(fetch.chunk, fetch.target) is CopyState.FILLING:
-            self.ledger.apply(fetch.chunk, fetch.target, Event.END_FILL)
-        for _ in range(fetch.holds):
-            self.ledger.pin(fetch.chunk, fetch.target)
-        del self._fetches[fetch.chunk.id]
-
-    def pump(self) -> None:
-        """Advances every fetch that can advance without waiting."""
-        for fetch in list(self._fetches.values()):
-            self._advance(fetch)
+    # ---- use on DEVICE
 
     def pin(self, chunk: Chunk) -> Lease:
         """The chunk's DEVICE copy, ready for the compute that is issued next, held until ``unpin``.
@@ -438,16 +257,7 @@ class Manager:
         The chunk must be there or under way. Without an accelerator this waits for the bytes; with one, for
         the NVMe read at most, and the compute stream waits for the rest.
         """
-        fetch = self._fetches.get(chunk.id)
-        if fetch is not None:
-            self._advance(fetch, block=True)
-            if fetch.fill is not None and chunk.id in self._fetches:
-                stall = self.lane.before_use(fetch.fill)
-                if stall is not None:
-                    self.timeline.follow(Lane.TO_DEVICE, self.timeline.name(chunk.id), stall, wait=True)
-                # ordered by the event: valid for everything issued from here on
-                if self.ledger.state(chunk, Tier.DEVICE) is CopyState.FILLING:
-                    self.ledger.apply(chunk, Tier.DEVICE, Event.END_FILL)
+        self.fetches.before_use(chunk)
         self.ledger.pin(chunk, Tier.DEVICE)
         return self._leases[chunk.id, Tier.DEVICE]
 
@@ -460,16 +270,6 @@ class Manager:
             else:
                 self._marks[chunk.id] = self.lane.after_use()
         return left
-
-    def let_go(self, chunk: Chunk, tier: Tier) -> None:
-        """Undoes the ``hold`` of a fetch."""
-        fetch = self._fetches.get(chunk.id)
-        if fetch is not None and fetch.holds:
-            fetch.holds -= 1
-        elif tier is Tier.DEVICE:
-            self.unpin(chunk)
-        else:
-            self.ledger.unpin(chunk, tier)
 
     def lend(self, chunk: Chunk) -> Lease:
         """Like ``pin``, for the caller to make an alias of at once; that is what then holds the copy."""
@@ -486,7 +286,7 @@ class Manager:
 
     def drop_copies(self, chunk: Chunk) -> None:
         """Only the home is true: every copy of it goes, or is refilled where it is when it is wanted."""
-        self.settle_chunk(chunk)
+        self.fetches.settle_chunk(chunk)
         home = self._homes[chunk.id]
         for tier in (Tier.DEVICE, Tier.HOST):
             if tier is home or self.ledger.state(chunk, tier) is CopyState.ABSENT:
@@ -496,24 +296,9 @@ class Manager:
             else:
                 self.ledger.apply(chunk, tier, Event.INVALIDATE)
 
-    def settle_chunk(self, chunk: Chunk) -> None:
-        """Waits for the chunk's fetch, if one is under way: its home is about to be written."""
-        fetch = self._fetches.get(chunk.id)
-        if fetch is not None:
-            self._end(fetch)
-
-    def settle(self) -> None:
-        """Waits for every fetch under way."""
-        for fetch in list(self._fetches.values()):
-            self._end(fetch)
-
     def close(self) -> None:
         """Ends every transfer and gives all memory and disk back; errors of abandoned reads are dropped."""
-        for fetch in list(self._fetches.values()):
-            for ticket in (fetch.read, fetch.fill):
-                if ticket is not None:
-                    _quietly(ticket)
-        self._fetches.clear()
+        self.fetches.close()
         self.lane.close()
         for lease in self._leases.values():
             lease.release()
@@ -522,8 +307,3 @@ class Manager:
         if self.store is not None:
             self.store.close()
             self.store = None
-
-
-def _quietly(ticket: Ticket) -> None:
-    with contextlib.suppress(OSError):
-        ticket.wait()

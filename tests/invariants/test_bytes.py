@@ -60,7 +60,7 @@ def measure(model: nn.Module, optimizer, loss_of, steps: int = 3) -> tuple[float
 def read_for_the_update_alone(engine, unit) -> bool:
     """Settled without a use to come, an update reads the weights for itself, where no copy is there: not so in a loop."""
     job = engine.updates.job(unit)
-    there = engine.manager.ledger.valid(unit.chunk, Tier.DEVICE) or engine.manager.is_fetching(unit.chunk)
+    there = engine.manager.ledger.valid(unit.chunk, Tier.DEVICE) or unit.chunk in engine.manager.fetches
     return job is not None and not job.begun and engine.manager.home(unit.chunk) is Tier.NVME and not there
 
 

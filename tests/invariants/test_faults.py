@@ -176,7 +176,7 @@ def test_a_fetch_that_fails_in_the_backward_is_raised_and_the_step_can_be_done_a
 def in_memory(engine, unit: int, kind: Kind) -> bool:
     """Whether the chunk is in a memory tier, or on its way there."""
     chunk, manager = engine.units[unit].chunks[kind], engine.manager
-    return manager.is_fetching(chunk) or any(manager.ledger.valid(chunk, t) for t in (Tier.DEVICE, Tier.HOST))
+    return chunk in manager.fetches or any(manager.ledger.valid(chunk, t) for t in (Tier.DEVICE, Tier.HOST))
 
 
 @pytest.mark.parametrize("op", ["read", "write"])
@@ -233,11 +233,11 @@ def test_weights_that_an_update_waits_for_are_read_again_after_an_error_met_else
     faulty.inject("read", *extent(engine, 5, Kind.PARAM))
     job = queue.job(engine.units[5])
     with monkeypatch.context() as blind:  # the read may have failed before this looks at it
-        blind.setattr(engine.manager, "_advance", lambda *_, **__: None)
-        assert queue._begin(must=True) and job.held and engine.manager.is_fetching(job.unit.chunk)
+        blind.setattr(engine.manager.fetches, "_advance", lambda *_, **__: None)
+        assert queue._begin(must=True) and job.held and job.unit.chunk in engine.manager.fetches
     with pytest.raises(aio.AioError):
-        while engine.manager.is_fetching(job.unit.chunk):
-            engine.manager.pump()
+        while job.unit.chunk in engine.manager.fetches:
+            engine.manager.fetches.pump()
     assert engine.failed is None and not job.held
     faulty.heal()
     train(twin, other, 1)

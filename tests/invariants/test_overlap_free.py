@@ -123,8 +123,8 @@ def cache(manager: Manager, unit: Unit, how: str) -> None:
     """Brings copies of a unit up, as a forward would have left them."""
     if how == "none" or manager.home(unit.chunk) is not Tier.NVME:
         return
-    manager.fetch(unit.chunk, no_victims)
-    manager.settle()
+    manager.fetches.start(unit.chunk, no_victims)
+    manager.fetches.settle()
     for tier, other in ((Tier.HOST, "device"), (Tier.DEVICE, "host")):
         if how == other:
             manager.evict(unit.chunk, tier)

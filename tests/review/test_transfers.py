@@ -183,14 +183,14 @@ def test_what_comes_up_ahead_of_use_gives_way_to_what_is_needed_now(tmp_path) ->
     late_reads(b.engine)
     began = 0
     for unit in units[1:]:
-        if not manager.fetch(unit.chunk, b.engine.victims(0), hint=True):
+        if not manager.fetches.start(unit.chunk, b.engine.victims(0), hint=True):
             break
         began += 1
     assert began and manager.pools[Tier.DEVICE].working.free < units[0].chunk.nbytes
-    manager.fetch(units[0].chunk, b.engine.victims())
+    manager.fetches.start(units[0].chunk, b.engine.victims())
     manager.pin(units[0].chunk)
     manager.unpin(units[0].chunk)
-    manager.settle()
+    manager.fetches.settle()
     manager.ledger.check()
     b.close()
 
@@ -201,13 +201,13 @@ def test_a_hint_without_room_on_the_device_does_not_wait_and_ends_on_the_host(tm
     _, b = tierflow.offload(model, config, debug_memory=DebugMemory(random.Random(1), through_host=True))
     manager, units = b.engine.manager, b.engine.units
     for unit in units[0], units[2]:
-        manager.fetch(unit.chunk, b.engine.victims())
+        manager.fetches.start(unit.chunk, b.engine.victims())
         manager.pin(unit.chunk)
     reads = late_reads(b.engine)
-    assert not manager.fetch(units[1].chunk, b.engine.victims(), hint=True)
-    assert len(reads) == 1 and not reads[0].waited and manager.is_fetching(units[1].chunk)
+    assert not manager.fetches.start(units[1].chunk, b.engine.victims(), hint=True)
+    assert len(reads) == 1 and not reads[0].waited and units[1].chunk in manager.fetches
     reads[0].wait()
-    manager.pump()
+    manager.fetches.pump()
     assert manager.ledger.valid(units[1].chunk, Tier.HOST) and not manager.ledger.pins(units[1].chunk, Tier.HOST)
     manager.unpin(units[0].chunk)
     manager.unpin(units[2].chunk)
@@ -223,7 +223,7 @@ def test_weights_written_while_a_prefetch_reads_them_are_what_is_used(tmp_path) 
     _, b = tierflow.offload(model, tiny.config("everything", tmp_path, device_memory="40KB", host_memory="200KB"))
     late_reads(b.engine)
     for unit in b.engine.units:
-        b.engine.manager.fetch(unit.chunk, b.engine.victims(), hint=True)
+        b.engine.manager.fetches.start(unit.chunk, b.engine.victims(), hint=True)
     model.load_state_dict(fresh)
     x = torch.randn(2, 32)
     assert torch.equal(model(x), plain(x))
@@ -262,7 +262,7 @@ def test_a_store_that_takes_no_more_reads_leaks_nothing(tmp_path) -> None:
     assert all(manager.pools[t].working.leased == 0 for t in (Tier.DEVICE, Tier.HOST))
     manager.ledger.check()
     manager.read = read
-    manager.fetch(unit.chunk, b.engine.victims())
+    manager.fetches.start(unit.chunk, b.engine.victims())
     b.close()
 
 

@@ -74,7 +74,7 @@ def leased(optimizer: Any) -> dict[Tier, int]:
     """Bytes that stay leased when every copy that may go has gone and nothing is under way."""
     engine = optimizer.engine
     engine.settle()
-    engine.manager.settle()
+    engine.manager.fetches.settle()
     for tier in (Tier.DEVICE, Tier.HOST):
         for unit in engine.units:
             if engine.manager.evictable(unit.chunk, tier):
@@ -103,16 +103,16 @@ def test_any_way_gives_the_right_weights_and_one_warning(tmp_path: Path, caplog,
 def demands(optimizer: Any, model: Routed, route: list[int], number: int) -> int:
     """Units that a step came to before anybody had asked for them."""
     manager = optimizer.engine.manager
-    found, before = [], manager.fetch
+    found, before = [], manager.fetches.start
 
-    def fetch(chunk: Any, victims: Any, hint: bool = False, **kw: Any) -> bool:
-        if not hint and not manager.ledger.valid(chunk, Tier.DEVICE) and not manager.is_fetching(chunk):
+    def start(chunk: Any, victims: Any, hint: bool = False, **kw: Any) -> bool:
+        if not hint and not manager.ledger.valid(chunk, Tier.DEVICE) and chunk not in manager.fetches:
             found.append(chunk)
         return before(chunk, victims, hint=hint, **kw)
 
-    manager.fetch = fetch
+    manager.fetches.start = start
     step(model, optimizer, route, number)
-    manager.fetch = before
+    manager.fetches.start = before
     return len(found)
 
 
@@ -147,10 +147,10 @@ def test_prefetches_that_nobody_wants_give_their_memory_back(tmp_path: Path, upd
     model.zero_grad()
     step(model, optimizer, [0, 1], 9)
     engine.settle()
-    engine.manager.settle()
+    engine.manager.fetches.settle()
     after = {t: engine.manager.pools[t].working.leased for t in (Tier.DEVICE, Tier.HOST)}
     assert after[Tier.DEVICE] <= 3 * UNIT and after[Tier.HOST] == before[Tier.HOST] == 0
-    assert engine.manager.fetching() == 0
+    assert len(engine.manager.fetches) == 0
     assert leased(optimizer) == {Tier.DEVICE: 0, Tier.HOST: 0}
     optimizer.close()
 

@@ -80,7 +80,7 @@ def held(engine: Any) -> dict[str, int]:
     """Everything that could grow without end, as numbers, where nothing is under way."""
     engine.settle()
     manager, updates = engine.manager, engine.updates
-    manager.settle()
+    manager.fetches.settle()
     ledger = manager.ledger
     pinned = sum(ledger.pins(c, t) for u in engine.units for c in u.chunks.values() for t in Tier)
     found = {f"scratch {t.name}": ledger._scratch[t] for t in Tier} | {"pins": pinned}
@@ -88,7 +88,7 @@ def held(engine: Any) -> dict[str, int]:
         pools = manager.pools[tier]
         assert pools.resident.leased + pools.working.leased == ledger.held(tier)
         found[f"resident {tier.name}"] = pools.resident.leased
-    found["fetches"], found["extents"] = manager.fetching(), manager.store.allocated
+    found["fetches"], found["extents"] = len(manager.fetches), manager.store.allocated
     found["pieces"] = len(updates._reading) + len(updates._computing) + len(updates._writing)
     found["jobs"] = len(updates._jobs) + len(updates._waiting)
     found["marks"] = len([i for i in manager._marks if (i, Tier.DEVICE) not in manager._leases])

@@ -32,7 +32,7 @@ def offloaded(tmp_path, placement: str, **options):
 def settle(engine) -> None:
     """Ends all I/O that is under way or due."""
     engine.settle()
-    engine.manager.settle()
+    engine.manager.fetches.settle()
 
 
 @pytest.mark.parametrize("update", ["immediate", "deferred"])

@@ -206,7 +206,7 @@ class Run:
 
     def _nothing_is_held(self) -> None:
         manager = self.inner.manager
-        manager.settle()
+        manager.fetches.settle()
         assert not any(manager.ledger.pins(c, t) for u in self.inner.units for k in u.chunks for c in u.parts(k) for t in Tier)
         assert not any(manager.ledger._scratch.values())
 
