@@ -74,6 +74,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         self.skipped_steps = 0
         self.overflow = False
         self.last_grad_norm: float | None = None
+        self._scaler_asked = False  # a GradScaler is about to step, or to leave the step out
         engine.scaling.resting = None if scale is not None else 1.0
         super().__init__(groups, defaults_of(rule))
 
@@ -84,12 +85,16 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """torch.amp.GradScaler asks before it steps: the one place to tell it that the loss is scaled already."""
+        """torch.amp.GradScaler asks before it steps, or leaves the step out without a word; `zero_grad` then ends it.
+
+        The one place to tell it that the loss is scaled already.
+        """
         if self.scale is not None:
             raise RuntimeError(
                 "torch.amp.GradScaler and fp16.enabled both scale the loss: leave out the GradScaler and call "
                 "optimizer.backward(loss) and optimizer.step(), or leave out the fp16 block"
             )
+        self._scaler_asked = True
         return False
 
     def backward(self, loss: torch.Tensor, retain_graph: bool = False) -> None:
@@ -130,6 +135,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         Under a dynamic loss scale an overflow lowers the scale and changes nothing else (see ``overflow``).
         """
         self.engine.usable()
+        self._scaler_asked = False
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -148,6 +154,13 @@ class OffloadOptimizer(torch.optim.Optimizer):
         for slot in slots:
             slot.updated()
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients, or zeroes them."""
+        if self._scaler_asked:
+            self._scaler_asked = False
+            self._end_without_update()
+        super().zero_grad(set_to_none)
 
     def expect_step(self) -> None:
         """Says before a step's first backward that ``step()`` will follow it, with the hyperparameters set now.
@@ -169,8 +182,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
     def _skip(self, parameter: str) -> None:
         """Lowers the loss scale for a gradient that is not finite; raises NonFiniteGradient where none can be lowered."""
-        self.engine.refuse()
-        self.engine.update({}, [])  # a step without an update ends here for the engine
+        self._end_without_update()
         step, scale = self.steps_taken + 1, self.scale
         if scale is None or not scale.dynamic:
             why = f" at the constant fp16.loss_scale {scale.scale:g}" if scale is not None else ""
@@ -186,6 +198,11 @@ class OffloadOptimizer(torch.optim.Optimizer):
             "step skipped: the gradient of %r is not finite at loss scale %g; the scale is now %g",
             parameter, before, scale.scale,
         )  # fmt: skip
+
+    def _end_without_update(self) -> None:
+        """The step is over for the engine: what was tried is undone, and the order of use begins anew."""
+        self.engine.refuse()
+        self.engine.update({}, [])
 
     def _clip_factor(self, slots: list[GradSlot]) -> float:
         """The factor for ``gradient_clipping``, as torch's clip_grad_norm_ computes it in fp32."""

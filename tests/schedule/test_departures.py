@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -187,4 +188,23 @@ def test_generating_in_the_middle(tmp_path: Path, caplog, update: str, where: st
     assert sum("order in which modules run has changed" in r.message for r in caplog.records) <= 1
     assert leased(optimizer) == {Tier.DEVICE: 0, Tier.HOST: 0}
     assert tiny.same(tiny.weights(model), tiny.weights(plain))
+    optimizer.close()
+
+
+def test_a_step_that_a_gradscaler_leaves_out_ends_all_the_same(tmp_path: Path) -> None:
+    """It calls no ``step()``: two forwards and backwards would look like one step of twice the length."""
+    model = tiny.llama(layers=3, hidden=32, vocab=96)
+    _, optimizer = tierflow.offload(model, tiny.config("everything", tmp_path, **tiny.tight(model)))
+    recorder, scaler = optimizer.engine.recorder, torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    orders = []
+    for step in range(6):
+        ids = torch.randint(0, 96, (1, 8), generator=torch.Generator().manual_seed(step))
+        loss = model(input_ids=ids, labels=ids).loss
+        scaler.scale(loss * (math.inf if step == 3 else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        orders.append(list(recorder.trace.order))
+    assert optimizer.steps_taken == 5 and scaler.get_scale() == 2.0**7
+    assert orders == orders[:1] * 6 and recorder.departures == 0
     optimizer.close()
