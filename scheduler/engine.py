@@ -31,6 +31,7 @@ from tierflow.scheduler.report import Report, make_report
 from tierflow.scheduler.scaling import Scaling
 from tierflow.scheduler.schedule import schedule_text
 from tierflow.scheduler.speculation import PATIENCE, Speculation
+from tierflow.scheduler.spill import SpilledGradients
 from tierflow.scheduler.stager import Stager
 from tierflow.scheduler.trace import NEVER, Recorder
 from tierflow.scheduler.traffic import default_order
@@ -111,7 +112,8 @@ class Engine:
         plan, has_none = self.plan, self.device.type == "cpu"  # no accelerator
         idle = IdleGradients(self.manager.pools[Tier.HOST].working.debug)
         on_device = has_none or plan.placement.optimizer is Tier.DEVICE
-        stager = Stager(self.manager, on_device, not has_none, plan.placement.rule, idle)
+        self.spilled = SpilledGradients(self.manager, self.units, plan.window, lambda: self.due.run(self.updates.rest))
+        stager = Stager(self.manager, on_device, not has_none, plan.placement.rule, idle, self.spilled)
         queue = UpdateQueue(
             stager, plan.piece_elements, plan.pieces_in_flight, self._victims_beyond, self._in_turn, plan.landing(self.units)
         )
@@ -142,13 +144,15 @@ class Engine:
 
     def _make_gradients(self, unit: Unit) -> None:
         chunk = unit.chunks[Kind.GRAD]
-        lease = self.manager.memory(chunk, self.plan.placement.grad)
-        dtype = unit.dtype if chunk.itemsize == unit.dtype.itemsize else torch.float32
-        flat = lease.bytes()[: chunk.nbytes].view(self.plan.placement.grad_dtype or dtype)
-        flat.zero_()
+        access = self.spilled.access(unit)
+        lease = None if access else self.manager.memory(chunk, self.plan.placement.grad)
+        memory = self.spilled.memory(unit) if lease is None else lease.bytes()[: chunk.nbytes]
+        flat = memory.view(unit.layouts[Kind.GRAD].dtype)
+        if lease is not None:
+            flat.zero_()
         context = GradContext(
             self.manager.lane, self.scaling, self.manager.timeline, while_alive(self._before_write),
-            while_alive(self._arrived),
+            while_alive(self._arrived), access,
         )  # fmt: skip
         for slot, p in zip(unit.slots, unit.params, strict=True):
             memory = flat[slot.offset : slot.offset + slot.numel].view(slot.shape)
@@ -157,8 +161,10 @@ class Engine:
             self.step_counts[id(p)] = 0
             with raw():
                 self._handles.append(p.register_post_accumulate_grad_hook(weakly(grad)))
-        if self.plan.placement.grad is Tier.HOST and self.due.deferred:
-            del flat, memory
+        del flat, memory
+        if lease is None:
+            self.spilled.register(unit, [self.slots[id(p)] for p in unit.params])
+        elif self.plan.placement.grad is Tier.HOST and self.due.deferred:
             self.updates.stager.idle.register(unit, lease, [self.slots[id(p)] for p in unit.params])
 
     def _before_write(self, slot: GradSlot) -> None:
@@ -497,6 +503,7 @@ class Engine:
         for slot in self.slots.values():
             slot.close()
         self.slots.clear()
+        self.spilled.close()
         self.manager.close()
         for tier in (Tier.DEVICE, Tier.HOST):
             self.manager.pools[tier].resident.arena.close()

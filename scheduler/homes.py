@@ -21,7 +21,7 @@ from itertools import accumulate, count
 
 from tierflow.scheduler.placement import Caps, Needs, Placement, Together, working_needs
 from tierflow.scheduler.units import STATES, Unit
-from tierflow.swap import Kind, Manager, Tier
+from tierflow.swap import Kind, Manager, Tier, paged_bytes
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,15 @@ class Homes:
     def bytes_in(self, unit: Unit, kind: Kind, tier: Tier) -> int:
         """Bytes of the kind that live in the tier."""
         return sum(unit.chunks[kind].bytes_of(n) for t, n in self.parts(unit, kind) if t is tier)
+
+    def spilled(self, units: list[Unit]) -> list[Unit]:
+        """Units whose gradients live on NVMe."""
+        return [u for u in units if self.tiers.get((u.index, Kind.GRAD)) is Tier.NVME]
+
+    def window(self, units: list[Unit]) -> int:
+        """Bytes of HOST through which their gradients go: one unit's arrives while another's is written."""
+        sizes = sorted(paged_bytes(u.chunks[Kind.GRAD].nbytes) for u in self.spilled(units))
+        return min(sum(sizes), 2 * sizes[-1]) if sizes else 0
 
     def streamed(self, units: list[Unit]) -> list[Unit]:
         """Units whose weights come and go."""
@@ -85,6 +94,7 @@ def choose_homes(
         homes.tiers[unit.index, Kind.PARAM] = Tier.DEVICE
         if room(Tier.DEVICE) < 0:
             homes.tiers[unit.index, Kind.PARAM] = before
+    _spill_gradients(homes, first, placement, caps, together)
     for unit in first:
         if homes.tiers[unit.index, Kind.PARAM] is Tier.NVME and unit.chunk.nbytes <= room(Tier.HOST):
             homes.tiers[unit.index, Kind.PARAM] = Tier.HOST
@@ -93,6 +103,25 @@ def choose_homes(
     for tier, slower in turns if placement.device_is_host else reversed(turns):
         _fill_with_states(homes, first, tier, slower, partial(room, tier))
     return homes
+
+
+def _spill_gradients(homes: Homes, units: list[Unit], placement: Placement, caps: Caps, together: Together) -> None:
+    """Moves gradients from HOST to NVMe, where states are too: none that fits, unless that was asked for.
+
+    The last units in order of use come first: theirs are the first gradients of a backward and wait longest.
+    """
+    if placement.optimizer is not Tier.NVME or placement.gradients == "host":
+        return
+
+    def short(of_working: Callable[[Needs], int]) -> bool:
+        return _stay(homes, units, Tier.HOST) + of_working(needs_of(homes, units, placement, together)) > caps.host
+
+    if placement.gradients == "auto" and not short(lambda needs: needs.host_min):
+        return
+    for unit in reversed([u for u in units if u.trainable]):
+        if placement.gradients == "auto" and not short(lambda needs: needs.host_good):
+            return
+        homes.tiers[unit.index, Kind.GRAD] = Tier.NVME
 
 
 def _fill_with_states(homes: Homes, units: list[Unit], tier: Tier, slower: Collection[Tier], room: Callable[[], int]) -> None:
@@ -126,15 +155,16 @@ def needs_of(homes: Homes, units: list[Unit], placement: Placement, together: To
     streamed = homes.streamed(units)
     on_nvme = [u for u in streamed if homes.of(u, Kind.PARAM) is Tier.NVME]
     staged = [u for u in units if u.trainable and _stages(homes, u, placement)]
-    return working_needs(placement, together, streamed, on_nvme, staged)
+    return working_needs(placement, together, streamed, on_nvme, staged, {u.index for u in homes.spilled(units)})
 
 
 def _stages(homes: Homes, unit: Unit, placement: Placement) -> bool:
     """Whether the update brings anything of the unit to HOST."""
     tiers = {tier for kind in (Kind.PARAM, *STATES) if kind in unit.chunks for tier, n in homes.parts(unit, kind) if n}
-    on_nvme = homes.of_states(unit) is Tier.NVME
+    on_nvme = Tier.NVME in (homes.of_states(unit), homes.of(unit, Kind.GRAD))
     return on_nvme or (Tier.DEVICE in tiers and not placement.device_is_host and placement.optimizer is not Tier.DEVICE)
 
 
 def _stay(homes: Homes, units: list[Unit], tier: Tier) -> int:
-    return sum(n for (t, _), n in homes.resident(units).items() if t is tier)
+    window = homes.window(units) if tier is Tier.HOST else 0
+    return window + sum(n for (t, _), n in homes.resident(units).items() if t is tier)

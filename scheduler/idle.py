@@ -7,7 +7,6 @@ writes it while the backward leaves it alone; else the forward would wait for th
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 
 from tierflow.scheduler.gradients import GradSlot
@@ -33,7 +32,7 @@ class IdleGradients:
     def register(self, unit: Unit, memory: Lease, slots: list[GradSlot]) -> None:
         """The unit's gradients are in ``memory``, of which only ``slots`` know."""
         self._pool = self._pool or Pool("host (idle gradients)", memory.pool.arena, 0, 0, self._debug)
-        self._memory[unit.index] = memory, slots, _references(memory, slots)
+        self._memory[unit.index] = memory, slots, _references(slots)
 
     def rest(self, unit: Unit) -> None:
         """The unit's update has run: nobody needs its gradient."""
@@ -83,8 +82,8 @@ class IdleGradients:
         self._lent.discard(unit.index)
 
     def _is_idle(self, index: int) -> bool:
-        memory, slots, references = self._memory[index]
-        return not any(slot.present() for slot in slots) and _references(memory, slots) == references
+        _, slots, references = self._memory[index]
+        return not any(slot.present() for slot in slots) and _references(slots) == references
 
     def close(self) -> None:
         """Lets go of the memory."""
@@ -94,6 +93,5 @@ class IdleGradients:
         self._pool = None
 
 
-def _references(memory: Lease, slots: list[GradSlot]) -> int:
-    """What refers to the gradients: tensors over their memory, and objects that have a handle."""
-    return memory.aliases() + sum(sys.getrefcount(slot.handle) for slot in slots)
+def _references(slots: list[GradSlot]) -> int:
+    return sum(slot.references() for slot in slots)

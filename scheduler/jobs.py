@@ -60,6 +60,7 @@ class Piece:
     staged: list[Kind] = field(default_factory=list)
     scratch: Lease | None = None
     borrowed: bool = False  # the scratch is memory of an idle gradient
+    holds_gradients: bool = False  # of its unit, in memory, which live on NVMe
     reads: list[Ticket] = field(default_factory=list)
     kernel: Future[None] | None = None
     weights: list[Ticket] = field(default_factory=list)  # their write

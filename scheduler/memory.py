@@ -56,7 +56,8 @@ def make_pools(plan: MemoryPlan, device: torch.device, debug: DebugMemory | None
     pools = {}
     for tier in (Tier.DEVICE, Tier.HOST):
         on_gpu = tier is Tier.DEVICE and device.type != "cpu"
-        arena: Any = CudaArena(plan.total(tier), device) if on_gpu else Arena(plan.total(tier))
+        nbytes = plan.resident_bytes(tier) + plan.working[tier]
+        arena: Any = CudaArena(nbytes, device) if on_gpu else Arena(nbytes)
         if tier is Tier.HOST and device.type != "cpu":
             register(arena, device)
         stay = plan.resident_bytes(tier)

@@ -5,6 +5,7 @@ All figures are bytes. Everything here is arithmetic over sizes: no tensor is ma
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from fractions import Fraction
 from math import ceil
@@ -28,6 +29,7 @@ class Placement:
     device_is_host: bool = True  # no accelerator: the kernels work on DEVICE memory too
     direct: bool = True  # files are read into DEVICE memory itself
     rule: Rule = ADAM
+    gradients: str = "auto"  # "host": they stay there; "nvme": none does; "auto": so many as there is room for
 
     @property
     def grad(self) -> Tier:
@@ -114,12 +116,17 @@ class Together:
 
 
 def working_needs(
-    placement: Placement, together: Together, streamed: list[Unit], from_nvme: list[Unit], staged: list[Unit]
-) -> Needs:
+    placement: Placement, together: Together, streamed: list[Unit], from_nvme: list[Unit], staged: list[Unit],
+    spilled: Collection[int] = (),
+) -> Needs:  # fmt: skip
     """``streamed``: units whose weights come and go; ``from_nvme``: those of them that live on NVMe; ``staged``: units
-    with states on NVMe.
+    with states on NVMe; ``spilled``: indices of those whose gradients are there too.
     """
     coming = {u.index: u.chunk.nbytes for u in streamed}
+
+    def staged_bytes(unit: Unit) -> Fraction:
+        kinds = [layout for kind, layout in unit.layouts.items() if kind is not Kind.GRAD or unit.index in spilled]
+        return sum((layout.bytes_per_element for layout in kinds), Fraction(0))
 
     def most(groups: list[list[Unit]]) -> int:
         return max((sum(coming.get(u.index, 0) for u in group) for group in groups), default=0)
@@ -143,12 +150,6 @@ def working_needs(
         per_element,
         grain,
     )
-
-
-def staged_bytes(unit: Unit) -> Fraction:
-    """Bytes per element that an update stages at most."""
-    kinds = (layout for kind, layout in unit.layouts.items() if kind is not Kind.GRAD)
-    return sum((layout.bytes_per_element for layout in kinds), Fraction(0))
 
 
 class DoesNotFit(ValueError):

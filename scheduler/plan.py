@@ -39,6 +39,7 @@ class MemoryPlan:
     grain: int = IO_BYTES  # a piece is so many elements, or a multiple
     states: dict[Kind, int] = field(default_factory=dict)  # bytes of optimizer state, wherever they live
     trained: int = 0  # parameters that have some
+    window: int = 0  # of HOST, for gradients that live on NVMe
 
     @property
     def format_text(self) -> str:
@@ -63,8 +64,8 @@ class MemoryPlan:
 
     def total(self, tier: Tier) -> int:
         """All that tierflow takes of the tier: the arena's, or the store's, exact size."""
-        spare = self.spare if tier is Tier.NVME else 0
-        return self.resident_bytes(tier) + self.working.get(tier, 0) + spare
+        apart = {Tier.NVME: self.spare, Tier.HOST: self.window}.get(tier, 0)
+        return self.resident_bytes(tier) + self.working.get(tier, 0) + apart
 
     def landing(self, units: list[Unit]) -> int:
         """Bytes of HOST through which weights come up from NVMe: nothing where they are read into DEVICE itself."""
@@ -78,9 +79,12 @@ class MemoryPlan:
 
 
 def second_slots(unit: Unit, homes: Homes) -> list[Chunk]:
-    """What an update of the unit overwrites, if it may run in the backward: its states are on NVMe, all of them."""
-    on_nvme = homes.of_states(unit) is Tier.NVME and unit.index not in homes.ahead
-    return [chunk for kind, chunk in unit.chunks.items() if kind is not Kind.GRAD] if on_nvme else []
+    """What an update of the unit overwrites, if it may run in the backward: its states are on NVMe, all of them, and its
+    gradient in memory.
+    """
+    if homes.of_states(unit) is not Tier.NVME or unit.index in homes.ahead or homes.of(unit, Kind.GRAD) is Tier.NVME:
+        return []
+    return [chunk for kind, chunk in unit.chunks.items() if kind is not Kind.GRAD]
 
 
 def make_plan(
@@ -97,6 +101,7 @@ def make_plan(
     spare = sum(c.nbytes for u in units for c in second_slots(u, homes)) if speculative else 0
     stay = {t: sum(n for (tier, _), n in table.items() if tier is t) for t in Tier}
     stay[Tier.NVME] += spare
+    stay[Tier.HOST] += homes.window(units)
     least = {Tier.DEVICE: _whole(needs.device_min), Tier.HOST: _whole(needs.host_min), Tier.NVME: 0}
     useful = {Tier.DEVICE: sum(u.chunk.nbytes for u in homes.streamed(units)), Tier.HOST: needs.host_good}
     room = {t: caps.of(t) - stay[t] for t in Tier}
@@ -107,7 +112,7 @@ def make_plan(
         placement, homes, caps, table, working, least, piece, depth,
         sum(s.numel for u in units for s in u.slots), spare, grain=needs.grain,
         states={kind: total for kind, total in states.items() if total},
-        trained=sum(s.numel for u in units if u.trainable for s in u.slots),
+        trained=sum(s.numel for u in units if u.trainable for s in u.slots), window=homes.window(units),
     )  # fmt: skip
     short = {t: stay[t] + least[t] for t in Tier if stay[t] + least[t] > caps.of(t)}
     over = {t: plan.total(t) for t, have in caps.machine.items() if plan.total(t) > have}
@@ -173,6 +178,8 @@ def rows(plan: MemoryPlan) -> list[tuple[str, str, int]]:
                 out.append((tier.name, kind.value, n))
         if n := plan.working.get(tier, 0):
             out.append((tier.name, "working (fetched units, staging)", n))
+        if tier is Tier.HOST and plan.window:
+            out.append((tier.name, "window (gradients on their way)", plan.window))
     if plan.spare:
         out.append((Tier.NVME.name, "second slots (updates to undo)", plan.spare))
     return out

@@ -13,6 +13,7 @@ from tierflow.scheduler.gradients import GradSlot
 from tierflow.scheduler.idle import IdleGradients
 from tierflow.scheduler.jobs import Job, Piece, kinds, segments
 from tierflow.scheduler.param_step import ParamStep
+from tierflow.scheduler.spill import SpilledGradients
 from tierflow.scheduler.units import STATES, Slot, Unit
 from tierflow.swap import Chunk, Kind, Lane, Manager, Ticket, Tier
 from tierflow.swap.lanes import finish
@@ -28,13 +29,14 @@ class Stager:
 
     ``on_device``: whether the kernels can work on DEVICE memory (always so without an accelerator). ``worker``: kernels
     run on a thread of their own, so that the caller goes on giving work to the accelerator meanwhile. ``rule``: of the
-    update. ``idle``: memory that serves for staging beside the working pool's.
+    update. ``idle``: memory that serves for staging beside the working pool's. ``spilled``: gradients that live on NVMe.
     """
 
     def __init__(
-        self, manager: Manager, on_device: bool, worker: bool, rule: Rule = ADAM, idle: IdleGradients | None = None
+        self, manager: Manager, on_device: bool, worker: bool, rule: Rule = ADAM, idle: IdleGradients | None = None,
+        spilled: SpilledGradients | None = None,
     ):  # fmt: skip
-        self.manager, self.on_device, self._rule = manager, on_device, rule
+        self.manager, self.on_device, self._rule, self._spilled = manager, on_device, rule, spilled
         self.idle = idle or IdleGradients()
         self.kernel_seconds = 0.0
         self._timeline = manager.timeline
@@ -54,20 +56,35 @@ class Stager:
         return any(self.manager.home(chunk) is Tier.NVME for chunk in unit.states)
 
     def where(self, job: Job, begin: int) -> dict[Kind, Tier | None]:
-        """Per kind: the tier in which its bytes from element ``begin`` on are updated in place, None where staged."""
+        """Per kind: the tier in which its bytes from element ``begin`` on are updated in place, None where staged.
+
+        GRAD is among them if it lives on NVMe.
+        """
         unit = job.unit
-        states = {kind: self.in_place(unit.part(kind, begin)) for kind in STATES if kind in unit.chunks}
-        return {Kind.PARAM: job.tier} | states
+        found: dict[Kind, Tier | None] = {Kind.PARAM: job.tier}
+        if self.spilled(unit):
+            found[Kind.GRAD] = Tier.HOST if self._spilled.here(unit) else None  # type: ignore[union-attr]
+        return found | {kind: self.in_place(unit.part(kind, begin)) for kind in STATES if kind in unit.chunks}
+
+    def spilled(self, unit: Unit) -> bool:
+        """Whether the unit's gradients live on NVMe."""
+        return self._spilled is not None and unit in self._spilled
 
     def stages(self, job: Job) -> bool:
         """Whether any part of the update is staged."""
-        return any(tier is None for begin in (0, *job.unit.cuts) for tier in self.where(job, begin).values())
+        tiers = [tier for begin in (0, *job.unit.cuts) for tier in self.where(job, begin).values()]
+        return None in tiers or self.spilled(job.unit)  # whose gradients may go from memory meanwhile
 
     def needs(self, piece: Piece) -> int:
         """Bytes of staging memory."""
-        chunks, elements = kinds(piece.job.unit), piece.end - piece.begin
+        chunks, elements = piece.job.unit.chunks, piece.end - piece.begin
         staged = [k for k, tier in self.where(piece.job, piece.begin).items() if tier is None]
         return sum(chunks[k].bytes_of(elements) for k in (*staged, *self._kept(piece.job)))
+
+    def most(self, unit: Unit, elements: int) -> int:
+        """Bytes of staging memory that a piece of so many elements needs at most."""
+        chunks = kinds(unit) | ({Kind.GRAD: unit.chunks[Kind.GRAD]} if self.spilled(unit) else {})
+        return sum(chunk.bytes_of(elements) for chunk in chunks.values())
 
     def _kept(self, job: Job) -> list[Kind]:
         """Kinds whose old values are in no other place while they are overwritten."""
@@ -89,7 +106,9 @@ class Stager:
             chunk = unit.part(kind, piece.begin)
             begin, end = piece.begin - chunk.begin, piece.end - chunk.begin
             if tier is not None:
-                if kind is not Kind.PARAM:
+                if kind is Kind.GRAD:
+                    piece.tensors[kind] = _part(unit, kind, self._held_gradients(piece), begin, end)
+                elif kind is not Kind.PARAM:
                     piece.tensors[kind] = _part(unit, kind, self.flat(unit, chunk, tier), begin, end)
                 continue
             assert piece.scratch is not None
@@ -104,6 +123,13 @@ class Stager:
             nbytes = unit.chunks[kind].bytes_of(piece.end - piece.begin)
             piece.before[kind] = piece.scratch.bytes()[offset : offset + nbytes].view(unit.layouts[kind].dtype)
             offset += nbytes
+
+    def _held_gradients(self, piece: Piece) -> torch.Tensor:
+        unit = piece.job.unit
+        assert self._spilled is not None
+        self._spilled.hold(unit.index)
+        piece.holds_gradients = True
+        return self._spilled.memory(unit).view(unit.layouts[Kind.GRAD].dtype)
 
     def _bring(self, chunk: Chunk, data: torch.Tensor, at: int) -> Ticket:
         home = self.manager.home(chunk)
@@ -146,7 +172,11 @@ class Stager:
         the parameter's own, its number in the model and the element in it; so the bits do not depend on how the model is
         cut into units and these into pieces, which follows from the caps.
         """
-        unit, memory = piece.job.unit, grad.memory.view(-1)
+        unit = piece.job.unit
+        if Kind.GRAD in piece.tensors:
+            memory = piece.tensors[Kind.GRAD][begin - piece.begin : end - piece.begin]
+        else:
+            memory = grad.memory.view(-1)[begin - slot.offset : end - slot.offset]
         on_host = memory.device.type == "cpu"
         step = kernels.rule_step if on_host else reference.rule_step
         size = end - begin if on_host else _DEVICE_ELEMENTS
@@ -154,7 +184,7 @@ class Stager:
             high = min(low + size, end)
             here = {k: _part(unit, k, t, low - piece.begin, high - piece.begin) for k, t in piece.tensors.items()}
             step(
-                self._rule, here[Kind.PARAM], memory[low - slot.offset : high - slot.offset],
+                self._rule, here[Kind.PARAM], memory[low - begin : high - begin],
                 {name: here[Kind(name)] for name in self._rule.moments}, hyper=settings.hyper, master=here.get(Kind.MASTER),
                 scale=here.get(Kind.SCALE), maximize=settings.maximize, unscale=settings.unscale, clip=settings.clip,
                 seed=slot.order, index=low - slot.offset,
@@ -164,6 +194,8 @@ class Stager:
         """Starts writing what changed to the homes that are not where it was computed."""
         manager, spare, held = self.manager, piece.job.speculative, piece.job.held
         for kind, data in piece.tensors.items():
+            if kind is Kind.GRAD:
+                continue
             chunk = piece.job.unit.part(kind, piece.begin)
             at = chunk.bytes_of(piece.begin - chunk.begin)
             if kind in piece.before:
@@ -183,6 +215,9 @@ class Stager:
         """Gives the staging memory back; nothing of the piece is under way any more."""
         piece.tensors.clear()
         piece.before.clear()
+        if piece.holds_gradients and self._spilled is not None:
+            self._spilled.let_go(piece.job.unit.index)
+        piece.holds_gradients = False
         if piece.scratch is not None and piece.borrowed:
             piece.scratch.release()
         elif piece.scratch is not None:

@@ -10,7 +10,7 @@ from tierflow.scheduler.placement import AHEAD
 from tierflow.scheduler.plan import MemoryPlan
 from tierflow.scheduler.trace import Trace
 from tierflow.scheduler.units import STATES, Unit, module_units
-from tierflow.swap import Kind, Tier
+from tierflow.swap import Kind, Tier, paged_bytes
 
 
 def estimate(
@@ -31,7 +31,28 @@ def estimate(
         weights = unit.chunk.nbytes if unit.index in streamed else 0
         read += states + (weights if immediate and unit.index not in left else 0)
         written += states + weights
-    return read, written
+    read_back, spilled = _gradients(units, plan, order)
+    return read + read_back, written + spilled
+
+
+def _gradients(units: list[Unit], plan: MemoryPlan, order: list[int]) -> tuple[int, int]:
+    """(read, written) bytes of gradients that live on NVMe, by the rule of their window over one backward.
+
+    The gradient of a weight that is used twice is there when its first use was differentiated.
+    """
+    sizes = {u.index: u.chunks[Kind.GRAD].nbytes for u in plan.homes.spilled(units)}
+    here, stored = list[int](), set[int]()
+
+    def free() -> int:
+        return plan.window - sum(paged_bytes(sizes[i]) for i in here)
+
+    for unit in reversed([i for i in dict.fromkeys(order) if i in sizes]):
+        while free() < paged_bytes(sizes[unit]):
+            stored.add(here.pop(0))
+        here.append(unit)
+        if free() < max(map(paged_bytes, sizes.values())) and here[0] != unit:
+            stored.add(here[0])
+    return sum(sizes[i] for i in sizes if i not in here), sum(sizes[i] for i in stored)
 
 
 @dataclass

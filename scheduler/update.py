@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
-from tierflow.scheduler.jobs import Job, Piece, foreseen, kinds, spans
+from tierflow.scheduler.jobs import Job, Piece, foreseen, spans
 from tierflow.scheduler.stager import Stager
 from tierflow.scheduler.units import Unit
 from tierflow.swap import CapacityError, Chunk, CopyState, Event, Kind, Lane, Lease, Ticket, Tier
@@ -96,7 +96,8 @@ class UpdateQueue:
             self._looked_ahead = True
             for unit in units():
                 tier = self._tier_of_use(unit)
-                if tier is not None and self.stager.streams(unit) and not self._read_ahead(foreseen(unit, tier), every=True):
+                known = self.stager.streams(unit) and not self.stager.spilled(unit)  # whose gradient is still to come
+                if tier is not None and known and not self._read_ahead(foreseen(unit, tier), every=True):
                     return
 
     def _look_ahead(self) -> None:
@@ -325,7 +326,7 @@ class UpdateQueue:
         if sum(not piece.borrowed for piece in pieces) + foreseen < self.depth:
             return True
         elements = min(self.piece_elements, unit.chunk.numel)
-        return self.stager.idle.offers(sum(chunk.bytes_of(elements) for chunk in kinds(unit).values()))
+        return self.stager.idle.offers(self.stager.most(unit, elements))
 
     def _begin_job(self, job: Job, must: bool) -> bool:
         manager, chunk = self._manager, job.unit.chunk

@@ -4,6 +4,7 @@ from tierflow.swap.arena import Arena, CudaArena
 from tierflow.swap.lanes import CudaLane, HostLane, Ticket
 from tierflow.swap.ledger import TRANSITIONS, Event, Ledger
 from tierflow.swap.manager import Manager, TierPools, Traffic
+from tierflow.swap.paged import PagedMemory, paged_bytes
 from tierflow.swap.pool import DebugMemory, Lease, Pool
 from tierflow.swap.timeline import Lane, Lanes, Span, Timeline
 from tierflow.swap.types import (
@@ -37,6 +38,7 @@ __all__ = [
     "Ledger",
     "LedgerError",
     "Manager",
+    "PagedMemory",
     "Pool",
     "Span",
     "Ticket",
@@ -44,4 +46,5 @@ __all__ = [
     "TierPools",
     "Timeline",
     "Traffic",
+    "paged_bytes",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -55,6 +56,17 @@ class Arena:
         start = self._skip + offset
         with torch.inference_mode(False):  # an inference tensor could never be refilled or trained on later
             return torch.frombuffer(memoryview(self._map)[start : start + nbytes], dtype=torch.uint8)
+
+    def use_small_pages(self, offset: int, nbytes: int) -> None:
+        """No huge pages there: what is small is given back by itself."""
+        if self._map is not None and nbytes and hasattr(mmap, "MADV_NOHUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel that has no huge pages
+                self._map.madvise(mmap.MADV_NOHUGEPAGE, self._skip + offset, nbytes)
+
+    def discard(self, offset: int, nbytes: int) -> None:
+        """Gives the pages there back to the kernel; they read as zeros until they are written again."""
+        assert self._map is not None
+        self._map.madvise(mmap.MADV_DONTNEED, self._skip + offset, nbytes)
 
     @property
     def address(self) -> int:

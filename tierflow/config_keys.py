@@ -290,6 +290,9 @@ _TIERFLOW = [
               note="the order of micro-batches in `train_batch` and `finetune`: layer_major fetches a unit once for all "
                    "of them, while their activations wait in memory; same bits where nothing draws random numbers; auto "
                    "takes it where it saves fetches that the step waits for, nothing draws, and the activations fit"),
+    _honoured("tierflow.gradients", '"auto", "host" or "nvme"', "auto",
+              note="where gradients wait for the update, if optimizer states live on NVMe: auto leaves as many in host memory "
+                   "as have room; results are the same"),
     _honoured("tierflow.piece_elements", _POSITIVE, "auto", "elements", "of one piece of the update"),
     _honoured("tierflow.trace", 'a path or "auto" (no trace)', "none", "file",
               "Chrome trace (JSON) of optimizer steps 2 to 4, which Perfetto opens"),

@@ -80,7 +80,7 @@ class Block(BaseModel):
 class TierflowBlock(Block):
     """What DeepSpeed has no key for. Memory figures are caps in bytes on what tierflow holds in that tier."""
 
-    says_auto = frozenset({"optimizer_state", "device", "engine", "update", "accumulation"})
+    says_auto = frozenset({"optimizer_state", "device", "engine", "update", "accumulation", "gradients"})
     device_memory: Size | None = None
     host_memory: Size | None = None
     nvme_capacity: Size | None = None
@@ -90,6 +90,7 @@ class TierflowBlock(Block):
     prefetch: bool = True
     update: Literal["auto", "immediate", "deferred", "speculative"] = "auto"
     accumulation: Literal["auto", "layer_major", "micro_batch"] = "auto"
+    gradients: Literal["auto", "host", "nvme"] = "auto"
     piece_elements: Positive | None = None
     report: bool = True
     trace: Directory | None = None

@@ -224,7 +224,7 @@ def make_run(
         dtypes = {u.dtype for u in units if u.trainable}
         placement = Placement(
             choice[0], choice[1], pick_format(cfg, dtypes), _grad_dtype(cfg), device.type == "cpu",
-            direct and device.type == "cpu", rule or rule_of(cfg),
+            direct and device.type == "cpu", rule or rule_of(cfg), cfg.tierflow.gradients,
         )  # fmt: skip
         make_chunks(units, {u.index: kinds_of(u, placement) for u in units}, ShardGeometry())
         try:

@@ -152,12 +152,21 @@ def missing_nvme_path() -> ConfigError:
 
 
 def pick_tiers(config: Config) -> tuple[Any, Any]:
-    """(param, optimizer) tiers as the config names them; None where it says auto."""
+    """(param, optimizer) tiers as the config names them; None where it says auto. Raises ConfigError."""
     from tierflow.swap import Tier
 
     tiers = {"none": Tier.DEVICE, "cpu": Tier.HOST, "nvme": Tier.NVME, "auto": None}
     zero = config.zero_optimization
-    return tiers[zero.offload_param.device], tiers[zero.offload_optimizer.device]
+    param, optimizer = tiers[zero.offload_param.device], tiers[zero.offload_optimizer.device]
+    if config.tierflow.gradients != "nvme" or optimizer is Tier.NVME:
+        return param, optimizer
+    if optimizer is None:
+        return param, Tier.NVME
+    raise ConfigError(
+        'tierflow.gradients is "nvme" and zero_optimization.offload_optimizer.device is '
+        f'"{zero.offload_optimizer.device}": gradients wait on NVMe for states that live there, so set the device to '
+        '"nvme", or tierflow.gradients to "host"'
+    )
 
 
 def pick_format(config: Config, dtypes: set[torch.dtype]) -> str:

@@ -13,6 +13,12 @@ from torch import nn
 import tierflow
 
 
+@pytest.fixture(autouse=True, params=["host", "nvme"])
+def _gradients(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the gradients wait for the update."""
+    monkeypatch.setattr(tiny, "GRADIENTS", request.param)
+
+
 def test_clip_grad_norm_clips_what_is_managed(tmp_path) -> None:
     plain, a, model, b = pair(tmp_path)
     for step in range(3):

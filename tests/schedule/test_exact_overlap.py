@@ -7,6 +7,7 @@ from pathlib import Path
 
 import overlap
 import pytest
+import tiny
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from overlap import STEPS, Case
@@ -25,10 +26,12 @@ def cases(draw: st.DrawFn, speculative: bool = False) -> Case:
     events = [e for e in overlap.EVENTS if not (e == "group" and schedule)]
     places = ["before_step", "between", *(["after_step"] if loop != "batch" else [])]  # train_batch zeroes gradients itself
     happen = st.tuples(st.integers(0, STEPS - 1), st.sampled_from(places), st.sampled_from(events))
+    placement = draw(st.sampled_from(["everything", "nvme"] if speculative else PLACEMENTS))
+    spills = not speculative and "nvme" in tiny.PLACEMENTS[placement]
     return Case(
         model=draw(st.sampled_from(["stack", "stack", "tower", "llama", "frozen_llama", "untied"])),
         dtype=draw(st.sampled_from(["float32", "float32", "bfloat16"])) if not fp16 else "float32",
-        placement=draw(st.sampled_from(["everything", "nvme"] if speculative else PLACEMENTS)),
+        placement=placement, gradients=draw(st.sampled_from(["host", "host", "auto", "nvme"])) if spills else "host",
         update=draw(st.sampled_from(["speculative"] if speculative else ["speculative", "deferred", "immediate", "auto"])),
         loop=loop, accumulation=accumulation,
         order=draw(st.sampled_from(["micro_batch", "layer_major"])) if loop == "batch" else "micro_batch",

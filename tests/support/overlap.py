@@ -52,13 +52,14 @@ class Case:
     bad_step: int = -1  # whose loss is infinite
     loud_step: int = -1  # whose loss is large
     abandoned: int = -1  # whose gradients are thrown away
+    gradients: str = "host"
     steps: int = STEPS
     events: tuple[tuple[int, str, str], ...] = ()
 
 
 def plain_of(case: Case) -> Case:
     """The same training with nothing moved and nothing overlapped."""
-    return replace(case, placement="device", update="immediate", loop="owned", order="micro_batch", through_host=False, delay=0.0, worker=False)
+    return replace(case, placement="device", gradients="host", update="immediate", loop="owned", order="micro_batch", through_host=False, delay=0.0, worker=False)
 
 
 @dataclass
@@ -122,7 +123,7 @@ def config_of(case: Case, path: Path) -> dict[str, Any]:
     """Caps as low as they can be, and ``slack`` units more; for the plain schedule generous ones."""
 
     def with_caps(caps: dict[str, Any]) -> dict[str, Any]:
-        found = tiny.config(case.placement, path, case.clip, case.accumulation, update=case.update, **caps)
+        found = tiny.config(case.placement, path, case.clip, case.accumulation, update=case.update, gradients=case.gradients, **caps)
         found["tierflow"]["accumulation"] = case.order
         if case.fp16:
             found["fp16"] = {"enabled": True, "initial_scale_power": 22, "loss_scale_window": 2, "hysteresis": 1}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+#: Where gradients wait, unless a test says; by itself the least host memory would be that of gradients on NVMe.
+GRADIENTS = "host"
 PLACEMENTS = {
     "device": ("none", "none"),
     "host": ("none", "cpu"),
@@ -28,7 +30,7 @@ def llama(layers: int = 3, hidden: int = 64, vocab: int = 160, tied: bool = True
 
 def config(placement: str, path, clip: float = 0.0, accumulation: int = 1, **tierflow) -> dict:
     param, optim = PLACEMENTS[placement]
-    block = {"device_memory": "64MB", "host_memory": "64MB", "nvme_capacity": "256MB"} | tierflow
+    block = {"device_memory": "64MB", "host_memory": "64MB", "nvme_capacity": "256MB", "gradients": GRADIENTS} | tierflow
     return {
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.1}},
         "gradient_clipping": clip,
