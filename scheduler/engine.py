@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import bisect
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
 from tierflow.scheduler.bandwidth import paths_of, probe
 from tierflow.scheduler.binding import Binder, raw
-from tierflow.scheduler.contents import UserWrites, read_parameter, store_parameter, write_back
 from tierflow.scheduler.due import DueUpdates
-from tierflow.scheduler.gradients import GradContext, GradSlot, weakly, while_alive
+from tierflow.scheduler.grad_set import GradSet, norm_of
+from tierflow.scheduler.gradients import GradSlot
 from tierflow.scheduler.guard import EvictedParameterError, describe
 from tierflow.scheduler.hooks import ModelHooks, in_backward
 from tierflow.scheduler.idle import IdleGradients
@@ -28,24 +25,22 @@ from tierflow.scheduler.param_step import ParamStep
 from tierflow.scheduler.plan import MemoryPlan
 from tierflow.scheduler.rates import Bandwidths
 from tierflow.scheduler.report import Report, make_report
-from tierflow.scheduler.scaling import Scaling
 from tierflow.scheduler.schedule import schedule_text
 from tierflow.scheduler.speculation import PATIENCE, Speculation
 from tierflow.scheduler.spill import SpilledGradients
 from tierflow.scheduler.stager import Stager
 from tierflow.scheduler.trace import NEVER, Recorder
 from tierflow.scheduler.traffic import default_order
-from tierflow.scheduler.units import Unit
+from tierflow.scheduler.units import Slot, Unit
 from tierflow.scheduler.update import UpdateQueue
+from tierflow.scheduler.values import Values
 from tierflow.scheduler.watch import ComputeWatch, watch_model
-from tierflow.swap import CapacityError, Chunk, Kind, Lanes, Lease, Manager, Tier, Traffic
+from tierflow.swap import CapacityError, Chunk, Lanes, Lease, Manager, Tier, Traffic
 
 log = logging.getLogger("tierflow")
 
 #: Uses of one unit in a row between two looks ahead: memory may have become free meanwhile.
 LOOK_EVERY = 4
-#: Host memory that ``state_dict`` leaves free.
-STATE_DICT_MARGIN = 256 << 20
 
 
 @dataclass
@@ -86,17 +81,17 @@ class Engine:
         self._looks = 0
         self._pins: dict[int, int] = {}
         self._where = {id(p): (u, s) for u in units for s, p in zip(u.slots, u.params, strict=True)}
-        self.user_writes = UserWrites(manager, units)
-        self._generation = dict.fromkeys(range(len(units)), 0)
+        self.values = Values(self)
         self._patience = 0 if update == "speculative" else PATIENCE
+        self.spilled = SpilledGradients(manager, units, plan.window, lambda: self.due.run(self.updates.rest))
         self.due = self._make_updates(update != "immediate" and self._has_waits(update))
+        idle = self.updates.stager.idle if self.due.deferred else None
+        self.gradients = GradSet(manager, self.spilled, idle, self.due.before_gradient, self._arrived)
         manager.on_evict = lambda chunk: self.binder.unbind(self.units[chunk.unit])
         manager.on_move = lambda chunk, lease: self.binder.follow(self.units[chunk.unit], lease)
         manager.busy_aliases = self._aliased
         self.watch = ComputeWatch(manager.timeline, manager.lane)
-        self.slots: dict[int, GradSlot] = {}
-        self.scaling = Scaling()
-        self.step_counts: dict[int, int] = {}
+        self.step_counts = {id(p): 0 for u in units if u.trainable for p in u.params}
         self._handles: list[Any] = []
         self.hooks: ModelHooks | None = None
 
@@ -112,7 +107,6 @@ class Engine:
         plan, has_none = self.plan, self.device.type == "cpu"  # no accelerator
         idle = IdleGradients(self.manager.pools[Tier.HOST].working.debug)
         on_device = has_none or plan.placement.optimizer is Tier.DEVICE
-        self.spilled = SpilledGradients(self.manager, self.units, plan.window, lambda: self.due.run(self.updates.rest))
         stager = Stager(self.manager, on_device, not has_none, plan.placement.rule, idle, self.spilled)
         queue = UpdateQueue(
             stager, plan.piece_elements, plan.pieces_in_flight, self._victims_beyond, self._in_turn, plan.landing(self.units)
@@ -131,49 +125,21 @@ class Engine:
                 self.binder.unbind(unit)
                 self.binder.shut(unit)
             if unit.trainable:
-                self._make_gradients(unit)
+                self.gradients.add(unit)
         if self.plan.spare:
             self.due.speculation = Speculation(
-                self.updates, self.recorder, self.units, self.slots, self._busy, self.binder.shut, self._patience
+                self.updates, self.recorder, self.units, self.gradients.slots, self._busy, self.binder.shut, self._patience
             )  # fmt: skip
-        self.user_writes.note()
+        self.values.user_writes.note()
         named = ((c.id, f"{u.label} {kind.value}") for u in self.units for kind in u.chunks for c in u.parts(kind))
         self.manager.timeline.names.update(named)
         if hooked:
             self.hooks = ModelHooks(self, self.model, self.units)
 
-    def _make_gradients(self, unit: Unit) -> None:
-        chunk = unit.chunks[Kind.GRAD]
-        access = self.spilled.access(unit)
-        lease = None if access else self.manager.memory(chunk, self.plan.placement.grad)
-        memory = self.spilled.memory(unit) if lease is None else lease.bytes()[: chunk.nbytes]
-        flat = memory.view(unit.layouts[Kind.GRAD].dtype)
-        if lease is not None:
-            flat.zero_()
-        context = GradContext(
-            self.manager.lane, self.scaling, self.manager.timeline, while_alive(self._before_write),
-            while_alive(self._arrived), access,
-        )  # fmt: skip
-        for slot, p in zip(unit.slots, unit.params, strict=True):
-            memory = flat[slot.offset : slot.offset + slot.numel].view(slot.shape)
-            grad = GradSlot(slot.names[0], p, memory, context)
-            self.slots[id(p)] = grad
-            self.step_counts[id(p)] = 0
-            with raw():
-                self._handles.append(p.register_post_accumulate_grad_hook(weakly(grad)))
-        del flat, memory
-        if lease is None:
-            self.spilled.register(unit, [self.slots[id(p)] for p in unit.params])
-        elif self.plan.placement.grad is Tier.HOST and self.due.deferred:
-            self.updates.stager.idle.register(unit, lease, [self.slots[id(p)] for p in unit.params])
-
-    def _before_write(self, slot: GradSlot) -> None:
-        self.due.before_gradient(self._where[id(slot.param)][0])
-
-    def _arrived(self, slot: GradSlot) -> None:
+    def _arrived(self, param_id: int) -> None:
         """A gradient was accumulated."""
         if self.speculation is not None:
-            self.speculation.arrived(id(slot.param))
+            self.speculation.arrived(param_id)
         if in_backward():
             if self.hooks is not None:
                 self.hooks.running.watch.in_backward()
@@ -184,6 +150,10 @@ class Engine:
         self._handles.append(hook)
 
     # ---- use of units
+
+    def where(self, param: nn.Parameter) -> tuple[Unit, Slot]:
+        """The parameter's unit and place in it."""
+        return self._where[id(param)]
 
     def _learning(self) -> bool:
         return torch.is_grad_enabled() or in_backward()
@@ -243,8 +213,8 @@ class Engine:
             self.usable()
         self.due.settle(units)
         if units is None:  # what is saved now is to agree with weights that the user has written
-            self.user_writes.follow(self.victims())
-            self.user_writes.note()
+            self.values.user_writes.follow(self.victims())
+            self.values.user_writes.note()
 
     def refuse(self) -> None:
         """The step that ``expect_step`` announced does not come: nothing was updated."""
@@ -327,36 +297,10 @@ class Engine:
         if all(self.manager.home(unit.chunk) is Tier.DEVICE for unit in units):
             return None
         if caller == "_save_to_state_dict":
-            return self._read(params[0])
+            return self.values.read(params[0])
         if caller == "_load_from_state_dict" and len(args) == 2 and args[0] is params[0]:
-            return self._write(params[0], args[1])
+            return self.values.write(params[0], args[1])
         raise EvictedParameterError(params[0]._tierflow_name, describe(func))
-
-    def _read(self, param: Any) -> torch.Tensor:
-        """A copy for ``state_dict``. Raises MemoryError where the host has no room for it."""
-        unit, slot = self._where[id(param)]
-        self.settle([unit])
-        if psutil.virtual_memory().available < unit.chunk.nbytes + STATE_DICT_MARGIN:
-            raise MemoryError(
-                f"state_dict() has no room on the host for {param._tierflow_name!r}: use "
-                "tierflow.save_weights(model, folder), which streams"
-            )
-        return read_parameter(self.manager, unit, slot, self.victims())
-
-    def _write(self, param: Any, values: torch.Tensor) -> Any:
-        unit, slot = self._where[id(param)]
-        self.settle([unit])
-        store_parameter(self.manager, unit, slot, values.cpu(), self.victims())
-        self.home_was_written(unit)
-        return param
-
-    def generation(self, unit: Unit, offset: int) -> tuple[int, int]:
-        """How often the weight at element ``offset`` was updated, or written by the user: a saved weight of an older
-        generation is out of date."""
-        if self.manager.home(unit.chunk) is not Tier.DEVICE:
-            return self._generation[unit.index], 0
-        at = bisect.bisect(unit.slots, offset, key=lambda slot: slot.offset) - 1
-        return self._generation[unit.index], unit.params[at]._version  # there it can be written without our knowing
 
     # ---- the step
 
@@ -368,19 +312,10 @@ class Engine:
             raise RuntimeError(f"an earlier error left the training state inconsistent ({self.failed}); "
                                "resume from a checkpoint")  # fmt: skip
 
-    def managed_grads(self) -> list[GradSlot]:
-        """Slots of the parameters that have a gradient now, in parameter order."""
-        order = sorted(((s.order, p) for u in self.units if u.trainable
-                        for s, p in zip(u.slots, u.params, strict=True)), key=lambda e: e[0])  # fmt: skip
-        return [slot for _, p in order if (slot := self.slots[id(p)]).collect()]
-
     def grad_norm(self, slots: list[GradSlot]) -> float:
-        """Euclidean norm of all gradients: per-parameter sums of squares (fp64) added in parameter order."""
-        total = 0.0
-        for slot in slots:
-            total += slot.stats().sum_squares
-        self._counters.grad_norm = total**0.5
-        return total**0.5
+        """Euclidean norm of these gradients."""
+        self._counters.grad_norm = norm_of(slots)
+        return self._counters.grad_norm
 
     def update(self, steps: dict[int, ParamStep], slots: list[GradSlot]) -> None:
         """Runs the update of every slot; ``steps`` by id of parameter."""
@@ -392,7 +327,7 @@ class Engine:
             raise RuntimeError("optimizer.step() inside `with tierflow.gathered(...)`: leave the block first")
         self.due.settle_unused()
         ready = {id(s.param): s for s in slots}
-        self.user_writes.follow(self.victims())
+        self.values.user_writes.follow(self.victims())
         jobs = []
         for unit in self.units:
             entries = [(ready[id(p)], steps[id(p)]) if id(p) in ready else None for p in unit.params]
@@ -400,10 +335,10 @@ class Engine:
                 jobs.append(Job(unit, entries, whole=self.due.deferred))
         left = self.due.resolve(jobs)
         for job in jobs:
-            self._generation[job.unit.index] += 1
+            self.values.changed(job.unit)
             with raw():
                 torch.autograd.graph.increment_version(job.unit.params)
-        self.user_writes.note()
+        self.values.user_writes.note()
         if self.recorder.step_ended() and self.recorder.departures and not self._warned:
             self._warned = True
             log.warning("the order in which modules run has changed between steps; prefetch follows the new order")
@@ -448,37 +383,6 @@ class Engine:
         report.kernel_seconds, self.due.kernel_seconds = self.due.kernel_seconds, 0.0
         return report
 
-    # ---- whole-parameter access
-
-    @contextmanager
-    def gathered(self, params: list[nn.Parameter]) -> Iterator[None]:
-        """Parameters pinned on DEVICE; what the body changed is written back to the home at the end."""
-        wanted = {id(p) for p in params}
-        units = [u for u in self.units if any(id(p) in wanted for p in u.params)]
-        held: list[Unit] = []
-        try:
-            self.settle(units)
-            for unit in units:
-                self.acquire(unit, foreseen=False)
-                held.append(unit)
-            yield
-            for unit in held:
-                self._write_back(unit)
-        finally:
-            for unit in held:
-                self.release(unit)
-
-    def _write_back(self, unit: Unit) -> None:
-        """Carries a changed DEVICE copy home, and forgets the remainder of every weight that changed."""
-        if write_back(self.manager, unit, self.victims()) and self.manager.home(unit.chunk) is not Tier.DEVICE:
-            self._generation[unit.index] += 1
-
-    def home_was_written(self, unit: Unit) -> None:
-        """The home copy was replaced from outside: caches are dropped, saved weights are out of date."""
-        self.manager.wrote(unit.chunk, self.manager.home(unit.chunk))
-        self._generation[unit.index] += 1
-        self.user_writes.master_came_too(unit)
-
     # ---- the end
 
     def close(self) -> None:
@@ -500,10 +404,7 @@ class Engine:
         self.updates.abandon()
         self.updates.stager.close()
         self.updates.stager.idle.close()
-        for slot in self.slots.values():
-            slot.close()
-        self.slots.clear()
-        self.spilled.close()
+        self.gradients.close()
         self.manager.close()
         for tier in (Tier.DEVICE, Tier.HOST):
             self.manager.pools[tier].resident.arena.close()

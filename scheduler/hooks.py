@@ -212,7 +212,7 @@ class ModelHooks:
             offset = int(tensor.storage_offset())
             return SavedWeight(
                 unit, offset, tensor.shape, tensor.stride(), tensor.dtype,
-                tensor.is_conj(), tensor.is_neg(), self._engine.generation(unit, offset),
+                tensor.is_conj(), tensor.is_neg(), self._engine.values.generation(unit, offset),
             )  # fmt: skip
 
     def _unpack(self, saved: SavedWeight | SavedTensor) -> torch.Tensor:
@@ -227,7 +227,7 @@ class ModelHooks:
             return saved.tensor
         engine = self._engine
         engine.usable()
-        if engine.generation(saved.unit, saved.offset) != saved.generation:
+        if engine.values.generation(saved.unit, saved.offset) != saved.generation:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
                 f"the weights of {saved.unit.name!r} were updated between this forward and its backward"

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from tierflow.scheduler.jobs import Job, Piece, foreseen, spans
+from tierflow.scheduler.read_ahead import ReadAhead
 from tierflow.scheduler.stager import Stager
 from tierflow.scheduler.units import Unit
 from tierflow.swap import CapacityError, Chunk, CopyState, Event, Kind, Lane, Lease, Ticket, Tier
@@ -44,7 +45,7 @@ class UpdateQueue:
         in_turn: Callable[[Unit], bool] = lambda unit: True, landing: int = 0,
     ):  # fmt: skip
         self.stager, self.piece_elements, self.depth = stager, piece_elements, depth
-        self._in_turn, self._landing = in_turn, landing
+        self._in_turn = in_turn
         self._manager, self._victims = stager.manager, victims
         self._waiting: deque[Job] = deque()  # some piece was not begun
         self._jobs: dict[int, Job] = {}  # not ended, by unit
@@ -54,8 +55,7 @@ class UpdateQueue:
         self._homing: deque[Piece] = deque()  # those of them whose weights are not written
         self._resting = False
         self._looked_ahead = False
-        self.forgotten = 0  # bytes that were read ahead for nothing
-        self._foreseen: dict[tuple[int, int, int], Piece] = {}  # by unit, begin, end
+        self.ahead = ReadAhead(stager, self._cut, landing)
         self._manager.reclaim = self.forget
         self._manager.on_lost = self._lost
 
@@ -97,7 +97,7 @@ class UpdateQueue:
             for unit in units():
                 tier = self._tier_of_use(unit)
                 known = self.stager.streams(unit) and not self.stager.spilled(unit)  # whose gradient is still to come
-                if tier is not None and known and not self._read_ahead(foreseen(unit, tier), every=True):
+                if tier is not None and known and not self.ahead.read(foreseen(unit, tier), every=True):
                     return
 
     def _look_ahead(self) -> None:
@@ -106,41 +106,17 @@ class UpdateQueue:
             tier = self._tier_of_use(job.unit) if job.whole and not (job.begun or job.read_ahead) else None
             if tier is None or job.speculative:
                 continue
-            if len(self._foreseen) >= AHEAD_OF_WEIGHTS or not self._room_for(job.unit, len(self._foreseen)):
+            if len(self.ahead) >= AHEAD_OF_WEIGHTS or not self._room_for(job.unit, len(self.ahead)):
                 return
-            if self.stager.streams(job.unit) and not self._read_ahead(replace(job, tier=tier), every=False):
+            if self.stager.streams(job.unit) and not self.ahead.read(replace(job, tier=tier), every=False):
                 return
             job.read_ahead = True
 
-    def _read_ahead(self, job: Job, every: bool) -> bool:
-        room = self._manager.pools[Tier.HOST].working
-        for begin, end in self._cut(job, every):
-            piece, key = Piece(job, begin, end), (job.unit.index, begin, end)
-            if key in self._foreseen:
-                continue
-            borrow = not every and self.stager.idle.offers(self.stager.needs(piece))  # what is foreseen outlives them
-            if not borrow and self._landing and room.free < self.stager.needs(piece) + self._landing:
-                return False
-            try:
-                self.stager.read(piece, _nothing, wait=False, borrow=borrow)
-            except CapacityError:
-                return False
-            self._foreseen[key] = piece
-        return True
-
     def forget(self, unit: Unit | None = None) -> bool:
-        """Gives back what was read ahead (for one unit), once nothing writes there any more; False if nothing was."""
-        keys = [key for key in self._foreseen if unit is None or key[0] == unit.index]
+        """Gives back what was read ahead (for one unit); False if nothing was."""
         for job in self._waiting:
             job.read_ahead = job.read_ahead and unit not in (None, job.unit)
-        for key in keys:
-            piece = self._foreseen.pop(key)
-            self.forgotten += sum(piece.tensors[kind].nbytes for kind in piece.staged)
-            for ticket in piece.reads:
-                with contextlib.suppress(OSError):
-                    finish(ticket)
-            self.stager.release(piece)
-        return bool(keys)
+        return self.ahead.forget(unit)
 
     # ---- progress
 
@@ -215,7 +191,7 @@ class UpdateQueue:
         self.stager.idle.take_back(unit, self._empty)
 
     def _empty(self, inside: Callable[[Lease], bool]) -> None:
-        for piece in list(self._foreseen.values()):
+        for piece in self.ahead:
             if piece.scratch is not None and inside(piece.scratch):
                 self.forget(piece.job.unit)
         for piece in (*self._reading, *self._computing, *self._writing):
@@ -301,11 +277,10 @@ class UpdateQueue:
         if not job.begun and (self._resting or not self._begin_job(job, must)):
             return False
         span = job.todo[0]
-        piece = self._foreseen.pop((job.unit.index, *span), None) or Piece(job, *span)
+        ready = self.ahead.take(job, *span)
+        piece = ready or Piece(job, *span)
         try:
-            if piece.job is not job:  # read ahead
-                piece.job = job
-            else:
+            if not ready:
                 self.stager.read(piece, self._victims(None if must else job.unit), wait=must)
         except CapacityError:
             if not must or job.tier is None or not job.held:
@@ -473,10 +448,6 @@ class UpdateQueue:
         if job.held and job.tier is not None:
             self._manager.fetches.let_go(job.unit.chunk, job.tier)
         job.held = False
-
-
-def _nothing(_tier: Tier) -> tuple[Chunk, ...]:
-    return ()
 
 
 def _written(piece: Piece) -> bool:

@@ -191,7 +191,7 @@ def _restore(engine: Engine, unit: Unit, slot: Slot, kind: Kind, tensor: torch.T
     begin, _ = slot_bytes(unit.chunks[kind], slot)
     write_bytes(engine.manager, unit, kind, begin, tensor.contiguous().view(-1).view(torch.uint8), engine.victims())
     if kind is Kind.PARAM:
-        engine.home_was_written(unit)
+        engine.values.home_was_written(unit)
 
 
 def _save_states(engine: Engine, path: Path) -> None:

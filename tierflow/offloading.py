@@ -123,7 +123,7 @@ def gathered(params: nn.Module | Iterable[nn.Parameter]) -> AbstractContextManag
     owner = next((p._tierflow_owner for p in found if hasattr(p, "_tierflow_owner")), None)
     if not isinstance(owner, Engine):
         raise ValueError("none of these parameters was offloaded with tierflow")
-    return owner.gathered(found)
+    return owner.values.gathered(found)
 
 
 def _groups(

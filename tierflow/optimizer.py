@@ -75,7 +75,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         self.overflow = False
         self.last_grad_norm: float | None = None
         self._scaler_asked = False  # a GradScaler is about to step, or to leave the step out
-        engine.scaling.resting = None if scale is not None else 1.0
+        engine.gradients.scaling.resting = None if scale is not None else 1.0
         super().__init__(groups, defaults_of(rule))
 
     @property
@@ -106,10 +106,10 @@ class OffloadOptimizer(torch.optim.Optimizer):
         if self.scale is None:
             loss.backward(retain_graph=retain_graph)
             return
-        for slot in self.engine.slots.values():
+        for slot in self.engine.gradients.slots.values():
             if not slot.present():
                 slot.collect()  # assigned by the loop: this backward may not add scaled to unscaled
-        with self.engine.scaling.carrying(self.scale.scale):
+        with self.engine.gradients.scaling.carrying(self.scale.scale):
             (loss.float() * self.scale.scale).backward(retain_graph=retain_graph)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -118,7 +118,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             check_group(group)
-            unknown = [p for p in group["params"] if id(p) not in self.engine.slots]
+            unknown = [p for p in group["params"] if id(p) not in self.engine.gradients.slots]
             if unknown:
                 raise ValueError(
                     f"{len(unknown)} parameter(s) of the new group have no optimizer state (frozen or not in the model "
@@ -140,7 +140,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        slots = self.engine.managed_grads()
+        slots = self.engine.gradients.present(self.engine.units)
         if self.gradient_clipping and any(s.user_scaled and s.norm_was_read for s in slots):
             raise RuntimeError(
                 "gradients were clipped by the training loop and gradient_clipping is set too: remove one of the two"
@@ -217,7 +217,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for p in group["params"]:
-                slot = self.engine.slots[id(p)]
+                slot = self.engine.gradients.slots[id(p)]
                 hyper = Hyper(
                     self.engine.step_counts[id(p)] + 1, float(group["lr"]), float(beta1), float(beta2),
                     group["eps"], group["weight_decay"], group["decoupled_weight_decay"],

@@ -25,7 +25,7 @@ def config(path: Path, param: str, optim: str, **block: object) -> dict:
             "offload_param": {"device": param, "nvme_path": str(path)},
             "offload_optimizer": {"device": optim, "nvme_path": str(path)},
         },
-        "tierflow": {"device_memory": 64 * MIB, "host_memory": 64 * MIB, "nvme_capacity": 256 * MIB} | block,
+        "tierflow": {"device_memory": 64 * MIB, "host_memory": 64 * MIB, "nvme_capacity": 256 * MIB, "gradients": "host"} | block,
     }
 
 
@@ -42,7 +42,7 @@ def measure(model: nn.Module, optimizer, loss_of, steps: int = 3) -> tuple[float
         once(model, optimizer, loss_of, i)
     engine.settle()
     engine.take_report()
-    engine.updates.forgotten = 0
+    engine.updates.ahead.forgotten = 0
     before = kernel_counts()
     for i in range(steps):
         once(model, optimizer, loss_of, i)
@@ -54,7 +54,7 @@ def measure(model: nn.Module, optimizer, loss_of, steps: int = 3) -> tuple[float
         for counted, was, now in zip((traffic.nvme_read, traffic.nvme_written), before, after, strict=True):
             # besides, the kernel counts a page of code or a log line, and not the padding that was never written
             assert abs(now - was - counted) <= 0.02 * counted + (1 << 17)
-    return (traffic.nvme_read - alone - engine.updates.forgotten) / steps, traffic.nvme_written / steps
+    return (traffic.nvme_read - alone - engine.updates.ahead.forgotten) / steps, traffic.nvme_written / steps
 
 
 def read_for_the_update_alone(engine, unit) -> bool:

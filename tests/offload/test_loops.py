@@ -136,7 +136,7 @@ def test_frozen_parameters_keep_no_state(tmp_path) -> None:
     model.blocks[1][0].bias.requires_grad_(False)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     plain, a, model, b = pair(tmp_path, model)
-    assert len(b.engine.slots) == sum(p.requires_grad for p in model.parameters())
+    assert len(b.engine.gradients.slots) == sum(p.requires_grad for p in model.parameters())
     for step in range(3):
         for m, o in ((plain, a), (model, b)):
             tower_step(m, None, step).backward()

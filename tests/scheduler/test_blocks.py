@@ -17,7 +17,7 @@ def run(path: Path, dtype: torch.dtype, accumulation: int, placement: str, block
     config = tiny.config(placement, path, clip=0.5, accumulation=accumulation)
     _, optimizer = tierflow.offload(model, config)
     if blocks:  # 37 rows a block: the last one is shorter
-        names = deliver_in_blocks(model, optimizer.engine.slots, large=150 * 32 * dtype.itemsize, block=37 * 32 * dtype.itemsize)
+        names = deliver_in_blocks(model, optimizer.engine.gradients.slots, large=150 * 32 * dtype.itemsize, block=37 * 32 * dtype.itemsize)
         assert names == ["model.embed_tokens", "lm_head"]
     try:
         return *tiny.train(model, optimizer, 4, accumulation), tiny.weights(model)
@@ -47,7 +47,7 @@ def test_no_grad_and_a_frozen_head_go_the_ordinary_way(tmp_path: Path) -> None:
     model.lm_head.weight.requires_grad_(False)
     _, optimizer = tierflow.offload(model, tiny.config("everything", tmp_path))
     try:
-        assert deliver_in_blocks(model, optimizer.engine.slots, large=1 << 14) == ["model.embed_tokens"]
+        assert deliver_in_blocks(model, optimizer.engine.gradients.slots, large=1 << 14) == ["model.embed_tokens"]
         ids = torch.arange(6)[None]
         with torch.no_grad():
             before = model(input_ids=ids).logits
@@ -69,7 +69,7 @@ def _peak(path: Path, blocks: bool) -> int:
     _, optimizer = tierflow.offload(model, tiny.config("everything", path))
     try:
         if blocks:
-            deliver_in_blocks(model, optimizer.engine.slots, large=1 << 20, block=1 << 17)
+            deliver_in_blocks(model, optimizer.engine.gradients.slots, large=1 << 20, block=1 << 17)
         loss = model(input_ids=torch.arange(4)[None], labels=torch.arange(4)[None]).loss
         with torch.profiler.profile(profile_memory=True) as profile:
             loss.backward()

@@ -93,7 +93,7 @@ def prepare(options: Options) -> Run:
     except DoesNotFit as error:
         raise DoesNotFit(in_options(str(error)) + _untried(options), error.needed) from None
     if options.head_chunk is not None:
-        deliver_in_blocks(model, engine.optimizer.engine.slots)
+        deliver_in_blocks(model, engine.optimizer.engine.gradients.slots)
     work = count_work(model, options.checkpointing)
     return Run(
         options, config, shape, dtype, device, engine, work, before, peak_rss(), time.perf_counter() - began

@@ -1,0 +1,69 @@
+"""Pieces of updates that are read before their turn, into staging memory that is idle."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from tierflow.scheduler.jobs import Job, Piece
+from tierflow.scheduler.stager import Stager
+from tierflow.scheduler.units import Unit
+from tierflow.swap import CapacityError, Chunk, Tier
+from tierflow.swap.lanes import finish
+
+
+class ReadAhead:
+    """``cut``: spans of a job's elements, a piece each; ``landing``: bytes of HOST that are left to weights on their way up."""
+
+    def __init__(self, stager: Stager, cut: Callable[[Job, bool], list[tuple[int, int]]], landing: int):
+        self._stager, self._cut, self._landing = stager, cut, landing
+        self._pieces: dict[tuple[int, int, int], Piece] = {}  # by unit, begin, end
+        self.forgotten = 0  # bytes that were read for nothing
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def __iter__(self) -> Iterator[Piece]:
+        return iter(list(self._pieces.values()))
+
+    def read(self, job: Job, every: bool) -> bool:
+        """Starts reading what the job is to update (``every``: or may have to, of a step that has not come); False if
+        there is no room for all of it.
+        """
+        room = self._stager.manager.pools[Tier.HOST].working
+        for begin, end in self._cut(job, every):
+            piece, key = Piece(job, begin, end), (job.unit.index, begin, end)
+            if key in self._pieces:
+                continue
+            borrow = not every and self._stager.idle.offers(self._stager.needs(piece))  # what is foreseen outlives them
+            if not borrow and self._landing and room.free < self._stager.needs(piece) + self._landing:
+                return False
+            try:
+                self._stager.read(piece, _nothing, wait=False, borrow=borrow)
+            except CapacityError:
+                return False
+            self._pieces[key] = piece
+        return True
+
+    def take(self, job: Job, begin: int, end: int) -> Piece | None:
+        """The piece, for the job that now computes it; None if it was not read."""
+        piece = self._pieces.pop((job.unit.index, begin, end), None)
+        if piece is not None:
+            piece.job = job
+        return piece
+
+    def forget(self, unit: Unit | None) -> bool:
+        """Gives back what was read (for one unit), once nothing writes there any more; False if nothing was."""
+        keys = [key for key in self._pieces if unit is None or key[0] == unit.index]
+        for key in keys:
+            piece = self._pieces.pop(key)
+            self.forgotten += sum(piece.tensors[kind].nbytes for kind in piece.staged)
+            for ticket in piece.reads:
+                with contextlib.suppress(OSError):
+                    finish(ticket)
+            self._stager.release(piece)
+        return bool(keys)
+
+
+def _nothing(_tier: Tier) -> tuple[Chunk, ...]:
+    return ()
