@@ -34,6 +34,7 @@ CONTENDERS = (
     Contender("tierflow-cpu", "tierflow, optimizer on CPU", *_TIERFLOW, _pair("none", "cpu")),
     Contender("tierflow-nvme", "tierflow, optimizer on NVMe", *_TIERFLOW, _pair("none", "nvme")),
     Contender("tierflow-all-nvme", "tierflow, everything on NVMe", *_TIERFLOW, _pair("nvme", "nvme")),
+    Contender("tierflow-gradients-nvme", "... and gradients too", *_TIERFLOW, _pair("nvme", "nvme") | {"gradients": "nvme"}),
 )
 #: The two ways to hide an update where clipping is set and never bites: not part of the comparison.
 _NEVER_CLIPS = {"clip": "1e9"}

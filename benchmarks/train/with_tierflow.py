@@ -10,7 +10,7 @@ from torch import nn
 
 import tierflow
 from tierflow.scheduler.report import Report
-from tierflow.swap import Lanes
+from tierflow.swap import Lanes, paged_bytes
 from train.measure import Phases
 from train.model import build, parameters
 from train.spec import ADAMW, CLIP, Spec
@@ -79,6 +79,8 @@ def text_of(report: Report) -> list[str]:
 def settings(model: nn.Module, spec: Spec) -> dict[str, Any]:
     """The config, in DeepSpeed's keys."""
     param, optimizer = spec.options["param"], spec.options["optimizer"]
+    gradients = spec.options.get("gradients", "host")
+    own = {"device": "cpu", "update": spec.options.get("update", "auto"), "gradients": gradients}
     return {
         "optimizer": {"type": "AdamW", "params": ADAMW},
         "gradient_clipping": float(spec.options.get("clip", CLIP)),
@@ -89,15 +91,16 @@ def settings(model: nn.Module, spec: Spec) -> dict[str, Any]:
             "offload_param": {"device": param, "nvme_path": spec.folder},
             "offload_optimizer": {"device": optimizer, "nvme_path": spec.folder},
         },
-        "tierflow": {"device": "cpu", "update": spec.options.get("update", "auto")} | caps(model, param, optimizer),
+        "tierflow": own | caps(model, param, optimizer, gradients),
     }
 
 
-def caps(model: nn.Module, param: str, optimizer: str) -> dict[str, int]:
+def caps(model: nn.Module, param: str, optimizer: str, gradients: str = "host") -> dict[str, int]:
     """device_memory and host_memory in bytes: what lives there for good, and room to work, but none to cache.
 
     For states on NVMe that is a few staged pieces; for weights on NVMe the largest parameter and a few blocks on the
-    device, and as much on the way there, which the update uses for its staging.
+    device, and as much on the way there, which the update uses for its staging. Gradients on NVMe leave a window in host
+    memory for two of the largest.
     """
     every = FP32 * padded(model)
     weights = dict(model.named_parameters())
@@ -106,6 +109,8 @@ def caps(model: nn.Module, param: str, optimizer: str) -> dict[str, int]:
     staging = min(PIECES * PIECE, padded(model) // 5) * FP32 * 3  # the weight and both moments
     if param == "nvme":
         host = every + max(largest, staging) + 2 * block
+        if gradients == "nvme":
+            host = 2 * paged_bytes(largest) + max(largest, staging // 3 * 4) + 2 * block
         return {"device_memory": largest + BLOCKS * block, "host_memory": host}
     if optimizer == "nvme":
         return {"device_memory": every, "host_memory": every + staging}
