@@ -63,7 +63,7 @@ class GradSlot:
     """
 
     def __init__(self, name: str, param: torch.Tensor, memory: torch.Tensor, context: GradContext):
-        self.name, self.memory, self.context = name, memory, context
+        self.name, self._memory, self.context = name, memory, context
         self.writes = 0  # how often the gradient has changed
         self._param = weakref.ref(param)  # param -> its grad, the handle -> this: no collector sees that cycle
         self._stats: GradStats | None = None
@@ -73,6 +73,13 @@ class GradSlot:
         self.user_scaled = False
         with raw():
             self.handle = ManagedGrad(self, memory, param.dtype, param.device)
+
+    @property
+    def memory(self) -> torch.Tensor:
+        """The gradient's memory, of ``param.shape``, with its bytes in it wherever they live."""
+        if self.context.spilled is not None:
+            self.context.spilled.need()
+        return self._memory
 
     @property
     def param(self) -> torch.Tensor:
@@ -85,7 +92,6 @@ class GradSlot:
         """The gradient is now ``grad / loss_scale`` (any device and dtype); its old content is overwritten."""
         self.context.before_write(self)
         self._reset_flags()
-        self._need()
         self.loss_scale = loss_scale
         self._intake(grad, accumulate=False)
 
@@ -157,29 +163,24 @@ class GradSlot:
         """``memory`` (ours, or a view of it, settled) without the loss scale: itself, or an fp32 copy."""
         return memory if self.loss_scale == 1.0 else memory.to(torch.float32, copy=True).mul_(self.factor)
 
-    def _need(self) -> None:
-        if self.context.spilled is not None:
-            self.context.spilled.need()
-
     def references(self) -> int:
         """What refers to the gradient: tensors over its memory, and objects that have the handle."""
-        return torch._C._storage_Use_Count(self.memory.untyped_storage()._cdata) + sys.getrefcount(self.handle)
+        return torch._C._storage_Use_Count(self._memory.untyped_storage()._cdata) + sys.getrefcount(self.handle)
 
     def settle(self) -> torch.Tensor:
         """The memory with everything pending applied but the loss scale."""
-        self._need()
         self.finish_transfer()
         if self.scale != 1.0:
             self.context.before_write(self)
             self.writes += 1
             self.memory.mul_(self.scale)
             self.scale, self._stats = 1.0, None
-        return self.memory
+        return self.memory  # for the caller to use at once
 
     def close(self) -> None:
         """Lets go of the memory: the slot and its handle refer to each other and may live on for a while."""
         self._transfer = self._stats = None
-        self.memory = self.handle._memory = torch.empty(0)
+        self._memory = self.handle._memory = torch.empty(0)
 
     def updated(self) -> None:
         """The gradient served a step: what was known of it goes with the next zero_grad or backward."""
@@ -200,7 +201,6 @@ class GradSlot:
         """Sum of squares and finiteness of the gradient; the factor that the kernel is to apply is included."""
         self.finish_transfer()
         if self._stats is None:
-            self._need()
             self._stats = _stats_of(self.memory)
         factor = self.factor
         if factor == 1.0:

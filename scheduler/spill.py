@@ -142,6 +142,8 @@ class SpilledGradients:
 
     def _give_up(self, index: int) -> None:
         gradients = self._here[index]
+        for slot in gradients.slots:
+            slot.finish_transfer()
         self._write(gradients)
         self._memory.drop(gradients.chunk)
         del self._here[index]
