@@ -83,7 +83,9 @@ class Engine:
         self._where = {id(p): (u, s) for u in units for s, p in zip(u.slots, u.params, strict=True)}
         self.values = Values(self)
         self._patience = 0 if update == "speculative" else PATIENCE
-        self.spilled = SpilledGradients(manager, units, plan.window, lambda: self.due.run(self.updates.rest))
+        self.spilled = SpilledGradients(
+            manager, units, plan.window, lambda index: self.updates.pending(units[index]), lambda: self.due.run(self.updates.rest)
+        )
         self.due = self._make_updates(update != "immediate" and self._has_waits(update))
         idle = self.updates.stager.idle if self.due.deferred else None
         self.gradients = GradSet(manager, self.spilled, idle, self.due.before_gradient, self._arrived)

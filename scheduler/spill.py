@@ -36,7 +36,7 @@ class _Gradients:
         return sum(slot.writes for slot in self.slots)
 
     def idle(self) -> bool:
-        """Whether nobody wants them: no parameter has its gradient, and nobody kept a handle or a view of one."""
+        """Whether no parameter has its gradient, and nobody kept a handle or a view of one."""
         return not any(s.present() for s in self.slots) and sum(s.references() for s in self.slots) == self.references
 
 
@@ -64,14 +64,18 @@ class Access:
 
 
 class SpilledGradients:
-    """``window``: bytes that may be in memory at once. ``rest``: ends whatever holds some of them."""
+    """``window``: bytes that may be in memory at once. ``due``: whether a unit's update has still to see its gradients.
+    ``rest``: ends whatever holds some of them.
+    """
 
-    def __init__(self, manager: Manager, units: list[Unit], window: int, rest: Callable[[], None]):
+    def __init__(
+        self, manager: Manager, units: list[Unit], window: int, due: Callable[[int], bool], rest: Callable[[], None]
+    ):
         chunks = {u.index: u.chunks[Kind.GRAD] for u in units if u.trainable and manager.home(u.chunks[Kind.GRAD]) is Tier.NVME}
         self._memory = PagedMemory(manager, list(chunks.values()))
         self._units = {index: _Gradients(chunk, []) for index, chunk in chunks.items()}
         self._largest = max((g.nbytes for g in self._units.values()), default=0)
-        self._window, self._rest = window, rest
+        self._window, self._due, self._rest = window, due, rest
         self._here: OrderedDict[int, _Gradients] = OrderedDict()  # the least recently used first
 
     def __contains__(self, unit: Unit) -> bool:
@@ -97,7 +101,8 @@ class SpilledGradients:
 
     def hold(self, index: int) -> None:
         """Keeps a unit's gradients there, until ``let_go``."""
-        self._units[index].held += 1
+        if index in self._units:
+            self._units[index].held += 1
 
     def let_go(self, index: int) -> None:
         """Undoes a ``hold``."""
@@ -109,16 +114,17 @@ class SpilledGradients:
         gradients = self._units.get(index)
         if gradients is None:
             return
-        self._memory.end_write(gradients.chunk)
+        self._end_write(gradients)
         if index not in self._here:
             self._make_room(gradients.nbytes)
-            wanted = not gradients.idle()
+            wanted = self._wanted(index)
             self._memory.bring(gradients.chunk, read=wanted)
             gradients.stored = gradients.changes() if wanted else -1
             self._here[index] = gradients
         self._here.move_to_end(index)
-        if self._free() < self._largest:  # of the next unit
-            self._write(next(iter(self._here.values())), but=gradients)
+        oldest = next(iter(self._here))
+        if self._free() < self._largest and oldest != index:  # room for the next unit
+            self._write(oldest)
 
     def _free(self) -> int:
         return self._window - sum(g.nbytes for g in self._here.values())
@@ -142,20 +148,29 @@ class SpilledGradients:
 
     def _give_up(self, index: int) -> None:
         gradients = self._here[index]
-        for slot in gradients.slots:
-            slot.finish_transfer()
-        self._write(gradients)
+        self._write(index)
+        self._end_write(gradients)
         self._memory.drop(gradients.chunk)
         del self._here[index]
 
-    def _write(self, gradients: _Gradients, but: _Gradients | None = None) -> None:
+    def _write(self, index: int) -> None:
         """Starts writing what NVMe has not got."""
-        if gradients is but or gradients.held or gradients.changes() == gradients.stored or gradients.idle():
-            return
+        gradients = self._here[index]
         for slot in gradients.slots:
             slot.finish_transfer()
-        gradients.stored = gradients.changes()
-        self._memory.write(gradients.chunk)
+        if not gradients.held and gradients.changes() != gradients.stored and self._wanted(index):
+            self._memory.write(gradients.chunk)
+            gradients.stored = gradients.changes()
+
+    def _end_write(self, gradients: _Gradients) -> None:
+        try:
+            self._memory.end_write(gradients.chunk)
+        except BaseException:
+            gradients.stored = -1  # what is in memory is all there is
+            raise
+
+    def _wanted(self, index: int) -> bool:
+        return self._due(index) or not self._units[index].idle()
 
     def close(self) -> None:
         """Lets go of the memory."""

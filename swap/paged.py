@@ -65,9 +65,9 @@ class PagedMemory:
 
     def write(self, chunk: Chunk) -> None:
         """Starts writing the copy home; until ``end_write`` it must not change."""
+        self._writes[chunk.id] = self._manager.write(chunk, self.bytes(chunk))
         self._ledger.wrote(chunk, Tier.HOST)
         self._ledger.apply(chunk, Tier.NVME, Event.BEGIN_FILL)
-        self._writes[chunk.id] = self._manager.write(chunk, self.bytes(chunk))
 
     def end_write(self, chunk: Chunk) -> None:
         """Waits for the write, if there is one. Raises OSError; the copy is then the only true one."""

@@ -12,6 +12,7 @@ import tiny
 import torch
 from loops import ids, loss_of
 from outcome import Stack, states_of
+from slow import slow_down
 from torch import nn
 
 import tierflow
@@ -157,27 +158,81 @@ def test_a_failed_write_is_said_and_leaves_nothing(tmp_path, monkeypatch) -> Non
     optimizer.zero_grad()
     engine.settle()
 
-    class Broken:
-        times, nbytes = None, 0
-
-        def done(self) -> bool:
-            return True
-
-        def wait(self) -> None:
-            raise OSError(errno.ENOSPC, "no space left on the drive")
-
-    real = engine.manager.store.write
-    monkeypatch.setattr(engine.manager, "write", lambda *args, **kw: Broken())
+    monkeypatch.setattr(engine.manager, "write", lambda *args, **kw: Failing())
     with pytest.raises(OSError, match="no space left"):
         model(model.input(1)).backward()
     monkeypatch.undo()
-    assert engine.manager.store.write == real
     optimizer.zero_grad()
     model(model.input(2)).backward()  # the next one is whole again
     optimizer.step()
     engine.manager.ledger.check()
     optimizer.close()
     assert not list(tmp_path.iterdir())
+
+
+class Failing:
+    """A transfer that moved nothing."""
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        raise OSError(errno.ENOSPC, "no space left on the drive")
+
+
+def test_a_gradient_whose_update_is_still_due_is_not_lost(tmp_path) -> None:
+    """The loop has dropped it, its unit is not used, and others' gradients want its room before its update begins."""
+    seen = []
+    for placement, gradients in (("device", "host"), ("nvme", "nvme")):
+        model = Stack(layers=8, width=64)
+        caps = tiny.tight(model, placement, gradients=gradients) if gradients == "nvme" else {}
+        _, optimizer = tierflow.offload(model, tiny.config(placement, tmp_path, gradients=gradients, update="deferred", **caps))
+        if gradients == "nvme":
+            slow_down(optimizer.engine, 5e-3)
+        model(model.input(0)).backward()
+        for layer in model.layers[3:5]:
+            layer.weight.grad.add_(0.5)  # last in memory, not first to be updated, and not on NVMe
+        optimizer.step()
+        optimizer.zero_grad()
+        for layer in model.layers[5:]:
+            layer.weight.grad = torch.ones(64, 64)
+        optimizer.step()
+        seen.append(states_of(optimizer.engine))
+        optimizer.close()
+    assert tiny.same(*seen)
+
+
+@pytest.mark.parametrize("failures", [1, 3])
+def test_a_gradient_that_could_not_be_written_stays_in_memory(tmp_path, monkeypatch, failures) -> None:
+    plain, model = Stack(layers=6, width=64), Stack(layers=6, width=64)
+    _, optimizer = tierflow.offload(model, tiny.config("nvme", tmp_path, gradients="nvme"))
+    for m in (plain, model):
+        m(m.input(0)).backward()
+    manager, first = optimizer.engine.manager, model.layers[0].weight
+    write, left = manager.write, [failures]
+
+    def fails(*args: Any, **kw: Any) -> Any:
+        if left[0]:
+            left[0] -= 1
+            return Failing()
+        return write(*args, **kw)
+
+    first.grad.mul_(torch.ones(64, 1))  # it changed: NVMe has not got it
+    monkeypatch.setattr(manager, "write", fails)
+    for layer in range(1, 6):
+        for _ in range(failures + 1):
+            try:
+                model.layers[layer].weight.grad.add_(0.0)
+                break
+            except OSError:
+                continue
+    assert not left[0]
+    for a, b in zip(plain.parameters(), model.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad.clone())
+    monkeypatch.undo()
+    optimizer.step()
+    optimizer.engine.manager.ledger.check()
+    optimizer.close()
 
 
 def test_states_that_do_not_live_on_nvme_refuse_it(tmp_path) -> None:
