@@ -350,6 +350,14 @@ class Engine:
         self.look_ahead.learn(self.recorder.trace, self.last_step)
         self.on_step()
 
+    def left_out(self, uses: int) -> None:
+        """The step was over after so many uses, without an update."""
+        self.refuse()
+        if self.recorder.uses == uses and not any(self._pins.values()):
+            self.update({}, [])
+        else:  # in the middle of the next one
+            self.recorder.step_ended(uses)
+
     def _busy(self, unit: Unit) -> bool:
         return bool(self._pins.get(unit.index)) or self._viewed(unit)
 

@@ -34,8 +34,8 @@ from tierflow.swap.lanes import DeviceLane, Take
 class GradContext:
     """What the gradients of an engine have in common.
 
-    ``before_write``: called before a gradient's memory changes; ``arrived``: after one was accumulated. ``spilled``: says of
-    one that lives on NVMe when its memory is used.
+    ``before_write``: called before a gradient's memory changes; ``arrived``: after one was accumulated. ``spilled``: brings
+    gradients that live on NVMe to their memory; None where they live in memory.
     """
 
     lane: DeviceLane
@@ -76,7 +76,10 @@ class GradSlot:
 
     @property
     def memory(self) -> torch.Tensor:
-        """The gradient's memory, of ``param.shape``, with its bytes in it wherever they live."""
+        """The gradient's memory, of ``param.shape``, with its bytes in it wherever they live.
+
+        To be asked for before each use, and before ``writes`` counts a change: what is brought from NVMe is what it has.
+        """
         if self.context.spilled is not None:
             self.context.spilled.need()
         return self._memory
@@ -106,16 +109,17 @@ class GradSlot:
 
     def _intake(self, grad: torch.Tensor, accumulate: bool) -> None:
         self.finish_transfer()
+        memory = self.memory
         self._stats = None
-        self.writes += 1
-        if grad.device == self.memory.device and grad.device.type != "cpu":
-            self.memory.add_(grad) if accumulate else self.memory.copy_(grad)
+        self.writes += 1  # once the memory is there: what it brings counts as stored
+        if grad.device == memory.device and grad.device.type != "cpu":
+            memory.add_(grad) if accumulate else memory.copy_(grad)
         elif grad.device.type == "cpu":
             self._kernel(grad, accumulate)
-        elif accumulate or grad.dtype != self.memory.dtype or self.context.spilled is not None:
+        elif accumulate or grad.dtype != memory.dtype or self.context.spilled is not None:
             self._carry(self.context.lane.drain_pieces(grad.contiguous(), self._taker(accumulate)), grad.nbytes)
         else:  # the 16 bits that the device made cross once, behind the backward
-            self._carry(self.context.lane.drain(self.memory, grad.contiguous(), transient=True), grad.nbytes)
+            self._carry(self.context.lane.drain(memory, grad.contiguous(), transient=True), grad.nbytes)
 
     def _carry(self, transfer: Ticket, nbytes: int) -> None:
         self._transfer = transfer
@@ -172,8 +176,8 @@ class GradSlot:
         self.finish_transfer()
         if self.scale != 1.0:
             self.context.before_write(self)
-            self.writes += 1
             self.memory.mul_(self.scale)
+            self.writes += 1
             self.scale, self._stats = 1.0, None
         return self.memory  # for the caller to use at once
 
@@ -206,6 +210,11 @@ class GradSlot:
         if factor == 1.0:
             return self._stats
         return GradStats(self._stats.sum_squares * factor**2, self._stats.finite and math.isfinite(factor))
+
+    def note_stats(self) -> None:
+        """Takes the statistics while the gradient is in memory, for a norm that is asked for later."""
+        if self._stats is None and self.present():
+            self._stats = _stats_of(self._memory)
 
     def present(self) -> bool:
         """Whether the parameter has a managed gradient now."""

@@ -134,10 +134,14 @@ def _fill_with_states(homes: Homes, units: list[Unit], tier: Tier, slower: Colle
             homes.tiers.update({(unit.index, chunk.kind): tier for chunk in unit.states})
         elif cut is None:
             cut = unit
-    if cut is not None:
-        grains = room() // sum(chunk.bytes_of(cut.grain) for chunk in cut.states)
-        if grains > 0:
-            homes.ahead.setdefault(cut.index, {})[tier] = grains * cut.grain
+    if cut is None:
+        return
+    ahead = homes.ahead.get(cut.index, {})
+    part = room() // sum(chunk.bytes_of(cut.grain) for chunk in cut.states) * cut.grain
+    if part >= cut.chunk.numel - sum(ahead.values()):  # units after it need no room to be staged any more
+        homes.tiers.update({(cut.index, chunk.kind): tier for chunk in cut.states})
+    elif part > 0:
+        homes.ahead[cut.index] = ahead | {tier: part}
 
 
 def create_chunks(manager: Manager, units: list[Unit], homes: Homes) -> None:

@@ -33,7 +33,7 @@ class Placement:
 
     @property
     def grad(self) -> Tier:
-        """Gradients are where the update runs."""
+        """Gradients are where the update runs, unless they spill (`homes.py`)."""
         return Tier.DEVICE if self.optimizer is Tier.DEVICE else Tier.HOST
 
     def home(self, kind: Kind, trainable: bool = True) -> Tier:
@@ -119,8 +119,8 @@ def working_needs(
     placement: Placement, together: Together, streamed: list[Unit], from_nvme: list[Unit], staged: list[Unit],
     spilled: Collection[int] = (),
 ) -> Needs:  # fmt: skip
-    """``streamed``: units whose weights come and go; ``from_nvme``: those of them that live on NVMe; ``staged``: units
-    with states on NVMe; ``spilled``: indices of those whose gradients are there too.
+    """``streamed``: units whose weights come and go; ``from_nvme``: those of them that live on NVMe; ``staged``: units of
+    which an update brings something to HOST; ``spilled``: indices of those whose gradients live on NVMe.
     """
     coming = {u.index: u.chunk.nbytes for u in streamed}
 

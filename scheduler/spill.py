@@ -48,9 +48,11 @@ class Access:
     _index: int
 
     def need(self) -> None:
-        """Brings them there."""
-        if (spilled := self._spilled()) is not None:
-            spilled.need(self._index)
+        """Brings them there. Raises RuntimeError after the engine was dropped."""
+        spilled = self._spilled()
+        if spilled is None:
+            raise RuntimeError("this gradient was on NVMe, and the optimizer that it belonged to is gone: clone it before")
+        spilled.need(self._index)
 
     def hold(self) -> None:
         """Keeps them there."""
@@ -159,6 +161,8 @@ class SpilledGradients:
         for slot in gradients.slots:
             slot.finish_transfer()
         if not gradients.held and gradients.changes() != gradients.stored and self._wanted(index):
+            for slot in gradients.slots:
+                slot.note_stats()
             self._memory.write(gradients.chunk)
             gradients.stored = gradients.changes()
 

@@ -93,15 +93,26 @@ class Recorder:
         if not self._forward_end:
             self._forward_end = len(self._seen)
 
-    def step_ended(self) -> bool:
-        """Adopts what was seen as the next step's trace; True if it differs from the one before."""
-        changed = bool(self._seen) and self._seen != self.trace.order
+    @property
+    def uses(self) -> int:
+        """How many uses of this step were seen."""
+        return len(self._seen)
+
+    def step_ended(self, uses: int | None = None) -> bool:
+        """Adopts what was seen as the next step's trace; True if it differs from the one before.
+
+        ``uses``: so many were the step's. The others are the next one's forward, which is over.
+        """
+        seen, later = self._seen[:uses], self._seen[len(self._seen) if uses is None else uses :]
+        changed = bool(seen) and seen != self.trace.order
         if changed:
-            self.trace = Trace(self._seen)
-            self.first_uses = list(dict.fromkeys(self._seen))
-            self.forward = Trace(self._seen[: self._forward_end] or self._seen)
-        self.learned = self.learned or bool(self._seen)
-        self._seen, self._forward_end = [], 0
+            self.trace = Trace(seen)
+            self.first_uses = list(dict.fromkeys(seen))
+            self.forward = Trace(seen[: self._forward_end] or seen)
+        self.learned = self.learned or bool(seen)
+        self._seen, self._forward_end = later, len(later)
         self.trace.rewind()
         self.forward.rewind()
+        for unit in later:
+            self.trace.visit(unit)
         return changed

@@ -14,14 +14,14 @@ from tierflow.swap import Kind, Tier, paged_bytes
 
 
 def estimate(
-    units: list[Unit], plan: MemoryPlan, order: list[int], prefetch: bool = True, immediate: bool = False
+    units: list[Unit], plan: MemoryPlan, order: list[int], prefetch: bool = True, immediate: bool = False, passes: int = 1
 ) -> tuple[int, int]:
-    """(read, written) NVMe bytes of one steady step with the given order of use.
+    """(read, written) NVMe bytes of one steady step with the given order of use, ``passes`` times over.
 
     ``immediate``: the update runs at the step, and reads the weights that no copy is left of for itself.
     """
     streamed = {u.index: u for u in units if plan.homes.of(u, Kind.PARAM) is Tier.NVME}
-    left, fetched = Cache(plan.working[Tier.DEVICE], units, plan).passes(Trace(order), prefetch)
+    left, fetched = Cache(plan.working[Tier.DEVICE], units, plan).passes(Trace(order * passes), prefetch)
     read = sum(streamed[i].chunk.nbytes for i in fetched if i in streamed)
     written = 0
     for unit in units:
@@ -31,28 +31,40 @@ def estimate(
         weights = unit.chunk.nbytes if unit.index in streamed else 0
         read += states + (weights if immediate and unit.index not in left else 0)
         written += states + weights
-    read_back, spilled = _gradients(units, plan, order)
+    read_back, spilled = _gradients(units, plan, order, passes)
     return read + read_back, written + spilled
 
 
-def _gradients(units: list[Unit], plan: MemoryPlan, order: list[int]) -> tuple[int, int]:
-    """(read, written) bytes of gradients that live on NVMe, by the rule of their window over one backward.
+def _gradients(units: list[Unit], plan: MemoryPlan, order: list[int], passes: int) -> tuple[int, int]:
+    """(read, written) bytes of gradients that live on NVMe, by the rule of their window over ``passes`` backwards.
 
     The gradient of a weight that is used twice is there when its first use was differentiated.
     """
     sizes = {u.index: u.chunks[Kind.GRAD].nbytes for u in plan.homes.spilled(units)}
-    here, stored = list[int](), set[int]()
+    here, changed = list[int](), set[int]()
+    read = written = 0
 
     def free() -> int:
         return plan.window - sum(paged_bytes(sizes[i]) for i in here)
 
-    for unit in reversed([i for i in dict.fromkeys(order) if i in sizes]):
-        while free() < paged_bytes(sizes[unit]):
-            stored.add(here.pop(0))
+    def write(unit: int) -> int:
+        nbytes = sizes[unit] if unit in changed else 0
+        changed.discard(unit)
+        return nbytes
+
+    arriving = [i for i in reversed(list(dict.fromkeys(order))) if i in sizes]
+    for at, unit in enumerate(arriving * passes):
+        if unit in here:
+            here.remove(unit)
+        else:
+            while free() < paged_bytes(sizes[unit]):
+                written += write(here.pop(0))
+            read += sizes[unit] if at >= len(arriving) else 0
         here.append(unit)
+        changed.add(unit)
         if free() < max(map(paged_bytes, sizes.values())) and here[0] != unit:
-            stored.add(here[0])
-    return sum(sizes[i] for i in sizes if i not in here), sum(sizes[i] for i in stored)
+            written += write(here[0])
+    return read + sum(sizes[i] for i in sizes if i not in here), written
 
 
 @dataclass

@@ -39,7 +39,8 @@ class Unit:
 
     ``exact``: they keep exact states in a lossy format too (`StateFormat.keeps_fp32`). ``layouts``: what each kind's bytes
     are. ``grain``: in elements, of where the unit may be cut, so that a piece of every kind is whole I/O blocks. ``chunks``:
-    every kind as a whole. ``cuts``: the elements at which its states are cut, to live in several tiers.
+    every kind as a whole; one that is cut is in no tier itself, its ``parts`` are. ``cuts``: the elements at which the
+    states are cut, to live in several tiers.
     """
 
     index: int

@@ -69,12 +69,16 @@ class Values:
 
     @contextmanager
     def gathered(self, params: list[nn.Parameter]) -> Iterator[None]:
-        """Parameters pinned on DEVICE; what the body changed is written back to the home at the end."""
-        units = list(dict.fromkeys(self._engine.where(p)[0] for p in params))
+        """Parameters pinned on DEVICE; what the body changed is written back to the home at the end.
+
+        Those that are not managed are where they are.
+        """
+        wanted = {id(p) for p in params}
+        units = [u for u in self._engine.units if any(id(p) in wanted for p in u.params)]
         held: list[Unit] = []
         try:
             self._engine.settle(units)
-            for unit in sorted(units, key=lambda unit: unit.index):
+            for unit in units:
                 self._engine.acquire(unit, foreseen=False)
                 held.append(unit)
             yield

@@ -170,8 +170,8 @@ class Accumulation:
     def _plan_traffic(self, passes: int) -> None:
         """The plan's NVMe bytes for a step in which every unit is used in ``passes`` passes."""
         engine = self._engine
-        order = default_order(engine.model, engine.units) * passes
-        read, written = estimate(engine.units, engine.plan, order, self._prefetch, self._immediate)
+        order = default_order(engine.model, engine.units)
+        read, written = estimate(engine.units, engine.plan, order, self._prefetch, self._immediate, passes)
         engine.plan = replace(engine.plan, nvme_read=read, nvme_written=written)
 
     def _say(self, line: str) -> None:

@@ -74,7 +74,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         self.skipped_steps = 0
         self.overflow = False
         self.last_grad_norm: float | None = None
-        self._scaler_asked = False  # a GradScaler is about to step, or to leave the step out
+        self._asked_at: int | None = None  # a GradScaler is about to step, or to leave the step out: after so many uses
         engine.gradients.scaling.resting = None if scale is not None else 1.0
         super().__init__(groups, defaults_of(rule))
 
@@ -94,7 +94,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
                 "torch.amp.GradScaler and fp16.enabled both scale the loss: leave out the GradScaler and call "
                 "optimizer.backward(loss) and optimizer.step(), or leave out the fp16 block"
             )
-        self._scaler_asked = True
+        self._asked_at = self.engine.recorder.uses
         return False
 
     def backward(self, loss: torch.Tensor, retain_graph: bool = False) -> None:
@@ -135,7 +135,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         Under a dynamic loss scale an overflow lowers the scale and changes nothing else (see ``overflow``).
         """
         self.engine.usable()
-        self._scaler_asked = False
+        self._asked_at = None
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -157,9 +157,9 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients, or zeroes them."""
-        if self._scaler_asked:
-            self._scaler_asked = False
-            self._end_without_update()
+        asked_at, self._asked_at = self._asked_at, None
+        if asked_at is not None and not self.engine.closed:
+            self.engine.left_out(asked_at)
         super().zero_grad(set_to_none)
 
     def expect_step(self) -> None:
@@ -182,7 +182,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
     def _skip(self, parameter: str) -> None:
         """Lowers the loss scale for a gradient that is not finite; raises NonFiniteGradient where none can be lowered."""
-        self._end_without_update()
+        self.engine.left_out(self.engine.recorder.uses)
         step, scale = self.steps_taken + 1, self.scale
         if scale is None or not scale.dynamic:
             why = f" at the constant fp16.loss_scale {scale.scale:g}" if scale is not None else ""
@@ -198,11 +198,6 @@ class OffloadOptimizer(torch.optim.Optimizer):
             "step skipped: the gradient of %r is not finite at loss scale %g; the scale is now %g",
             parameter, before, scale.scale,
         )  # fmt: skip
-
-    def _end_without_update(self) -> None:
-        """The step is over for the engine: what was tried is undone, and the order of use begins anew."""
-        self.engine.refuse()
-        self.engine.update({}, [])
 
     def _clip_factor(self, slots: list[GradSlot]) -> float:
         """The factor for ``gradient_clipping``, as torch's clip_grad_norm_ computes it in fp32."""

@@ -45,6 +45,15 @@ def test_gathered_reads_and_writes(tmp_path) -> None:
     b.close()
 
 
+def test_gathered_leaves_alone_what_is_not_managed(tmp_path) -> None:
+    model = tiny.llama(layers=2, hidden=32)
+    _, b = tierflow.offload(model, tiny.config("everything", tmp_path))
+    model.extra = nn.Linear(4, 4)
+    with tierflow.gathered(model):
+        assert model.extra.weight.shape == (4, 4) and model.model.norm.weight.sum() == 32
+    b.close()
+
+
 def test_gathered_is_checked_against_the_cap(tmp_path) -> None:
     model = tiny.llama(layers=12, hidden=32)
     _, b = tierflow.offload(model, tiny.config("everything", tmp_path, **tiny.tight(model)))

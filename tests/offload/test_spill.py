@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import re
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,7 @@ def test_an_operation_on_gradients_of_more_units_than_have_room(tmp_path) -> Non
         torch.stack(weights)
     norms = torch._foreach_norm(weights)
     assert [n.item() for n in norms] == [w.norm().item() for w in weights]
+    assert torch.equal(torch._foreach_pow(2.0, weights)[5], 2.0 ** weights[5].clone())
     optimizer.step()
     optimizer.close()
 
@@ -167,6 +169,71 @@ def test_a_failed_write_is_said_and_leaves_nothing(tmp_path, monkeypatch) -> Non
     engine.manager.ledger.check()
     optimizer.close()
     assert not list(tmp_path.iterdir())
+
+
+def assign(model: Stack) -> None:
+    for layer in model.layers:
+        layer.weight.grad = torch.full(layer.weight.shape, 0.01)
+
+
+def clip_twice(model: Stack) -> None:
+    for most in (0.05, 0.01):
+        nn.utils.clip_grad_norm_(model.parameters(), most)
+
+
+def again(model: Stack) -> None:
+    model(model.input(1)).backward()
+
+
+def zero_rows(model: Stack) -> None:
+    for layer in model.layers:
+        layer.weight.grad[:3] = 0.0
+
+
+@pytest.mark.parametrize("change", [assign, clip_twice, again, zero_rows])
+def test_what_changes_while_it_is_away_is_kept(tmp_path, change) -> None:
+    seen = []
+    for gradients in ("host", "nvme"):
+        model = Stack(layers=6, width=64)
+        _, optimizer = tierflow.offload(model, tiny.config("nvme", tmp_path, gradients=gradients))
+        model(model.input(0)).backward()
+        change(model)
+        optimizer.engine.gradients.present(optimizer.engine.units)  # takes in what was assigned
+        norms = [[p.grad.norm().item() for p in model.parameters()] for _ in range(2)]
+        optimizer.step()
+        seen.append((norms, states_of(optimizer.engine)))
+        optimizer.close()
+    assert seen[0][0] == seen[1][0] and seen[1][0][0] == seen[1][0][1]
+    assert tiny.same(seen[0][1], seen[1][1])
+
+
+def test_a_gradient_outlives_its_engine_in_memory_only(tmp_path) -> None:
+    model = Stack(layers=6, width=64)
+    _, optimizer = tierflow.offload(model, tiny.config("nvme", tmp_path, gradients="nvme"))
+    model(model.input(0)).backward()
+    kept = model.layers[5].weight.grad
+    del model, optimizer, _
+    gc.collect()
+    with pytest.raises(RuntimeError, match="the optimizer that it belonged to is gone"):
+        kept.sum()
+
+
+@pytest.mark.parametrize("order", ["micro_batch", "layer_major"])
+def test_the_bytes_of_several_micro_batches(tmp_path, order) -> None:
+    model = tiny.llama(layers=6)
+    config = tiny.config("nvme", tmp_path, 0.0, 3, gradients="nvme")
+    config["tierflow"]["accumulation"] = order
+    engine = tierflow.initialize(model, config)
+    inner = engine.optimizer.engine
+    for batches in tiny.batches(3, 3):
+        engine.train_batch([{"input_ids": b, "labels": b} for b in batches])
+        inner.settle()
+        moved = inner.take_report().traffic
+    assert abs(moved.nvme_read - inner.plan.nvme_read) <= 3 * inner.plan.window
+    assert abs(moved.nvme_written - inner.plan.nvme_written) <= 3 * inner.plan.window
+    once = sum(inner.plan.states.values()) + inner.plan.resident[Tier.NVME, Kind.GRAD]
+    assert (order == "micro_batch") == (moved.nvme_written > 1.2 * once)
+    engine.close()
 
 
 class Failing:

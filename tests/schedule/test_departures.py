@@ -191,7 +191,8 @@ def test_generating_in_the_middle(tmp_path: Path, caplog, update: str, where: st
     optimizer.close()
 
 
-def test_a_step_that_a_gradscaler_leaves_out_ends_all_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("zero", ["first", "between", "last"])
+def test_a_step_that_a_gradscaler_leaves_out_ends_all_the_same(tmp_path: Path, zero: str) -> None:
     """It calls no ``step()``: two forwards and backwards would look like one step of twice the length."""
     model = tiny.llama(layers=3, hidden=32, vocab=96)
     _, optimizer = tierflow.offload(model, tiny.config("everything", tmp_path, **tiny.tight(model)))
@@ -199,12 +200,18 @@ def test_a_step_that_a_gradscaler_leaves_out_ends_all_the_same(tmp_path: Path) -
     orders = []
     for step in range(6):
         ids = torch.randint(0, 96, (1, 8), generator=torch.Generator().manual_seed(step))
+        if zero == "first":
+            optimizer.zero_grad()
         loss = model(input_ids=ids, labels=ids).loss
+        if zero == "between":
+            optimizer.zero_grad()
         scaler.scale(loss * (math.inf if step == 3 else 1.0)).backward()
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad()
+        if zero == "last":
+            optimizer.zero_grad()
         orders.append(list(recorder.trace.order))
     assert optimizer.steps_taken == 5 and scaler.get_scale() == 2.0**7
     assert orders == orders[:1] * 6 and recorder.departures == 0
     optimizer.close()
+    optimizer.zero_grad()

@@ -71,6 +71,7 @@ def test_no_room_is_left_while_anything_is_slower(
             if kind in unit.chunks:
                 assert sum(homes.bytes_in(unit, kind, tier) for tier in Tier) == unit.chunks[kind].nbytes
         assert all(n % unit.grain == 0 for n in homes.ahead.get(unit.index, {}).values())
+        assert all(n > 0 for kind in unit.chunks for _, n in homes.parts(unit, kind))
 
     def anything(*tiers: Tier) -> bool:
         return any(table.get((tier, kind)) for tier in tiers for kind in STATES)
@@ -82,6 +83,18 @@ def test_no_room_is_left_while_anything_is_slower(
     assert room[Tier.HOST] < grain or not anything(Tier.NVME)
     if accelerator and anything(Tier.DEVICE):  # only what HOST has no room for
         assert room[Tier.HOST] < grain + max(sum(chunk.nbytes for chunk in u.states) for u in units)
+
+
+def test_a_part_ends_with_its_unit() -> None:
+    """Small units that move after a large one was refused leave more room than it had then: here, more than it needs."""
+    sizes = [(64, 64), (300, 16), (100, 600), (100, 300), (600, 16)]
+    model = nn.Sequential(*(nn.Linear(a, b, bias=False) for a, b in sizes))
+    placement = Placement(Tier.DEVICE, Tier.NVME, "fp32")
+    units = units_for(model, placement)
+    together = Together(units_together(model, units), units_of_blocks(model, units))
+    homes = choose_homes(units, placement, Caps(1068847, 1269937, 1 << 40), together, list(range(5)))
+    assert all(n > 0 for u in units for kind in u.chunks for _, n in homes.parts(u, kind))
+    assert homes.ahead == {3: {Tier.DEVICE: 4096}} and homes.of(units[3], Kind.EXP_AVG) is Tier.HOST
 
 
 @pytest.mark.parametrize("update", ["immediate", "deferred"])
