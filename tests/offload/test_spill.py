@@ -218,12 +218,9 @@ def test_a_gradient_outlives_its_engine_in_memory_only(tmp_path) -> None:
         kept.sum()
 
 
-@pytest.mark.parametrize("order", ["micro_batch", "layer_major"])
-def test_the_bytes_of_several_micro_batches(tmp_path, order) -> None:
+def test_the_bytes_of_several_micro_batches(tmp_path) -> None:
     model = tiny.llama(layers=6)
-    config = tiny.config("nvme", tmp_path, 0.0, 3, gradients="nvme")
-    config["tierflow"]["accumulation"] = order
-    engine = tierflow.initialize(model, config)
+    engine = tierflow.initialize(model, tiny.config("nvme", tmp_path, 0.0, 3, gradients="nvme"))
     inner = engine.optimizer.engine
     for batches in tiny.batches(3, 3):
         engine.train_batch([{"input_ids": b, "labels": b} for b in batches])
@@ -231,8 +228,7 @@ def test_the_bytes_of_several_micro_batches(tmp_path, order) -> None:
         moved = inner.take_report().traffic
     assert abs(moved.nvme_read - inner.plan.nvme_read) <= 3 * inner.plan.window
     assert abs(moved.nvme_written - inner.plan.nvme_written) <= 3 * inner.plan.window
-    once = sum(inner.plan.states.values()) + inner.plan.resident[Tier.NVME, Kind.GRAD]
-    assert (order == "micro_batch") == (moved.nvme_written > 1.2 * once)
+    assert moved.nvme_written > 2 * inner.plan.resident[Tier.NVME, Kind.GRAD]  # each micro-batch's addition
     engine.close()
 
 
