@@ -139,6 +139,17 @@ def test_states_that_the_host_has_no_room_for_live_on_the_device(tmp_path, state
     optimizer.close()
 
 
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_on_nvme_agree_in_every_bit(tmp_path, dtype, accumulation) -> None:
+    """They cross through the staging ring into memory that is not registered."""
+    first = run(tmp_path, "host", dtype, accumulation, clip=0.01)
+    for placement in ("nvme", "everything"):
+        room = {"device_memory": ROOM[dtype]} if placement == "everything" else {}
+        found = run(tmp_path, placement, dtype, accumulation, clip=0.01, gradients="nvme", host_memory="60MB", **room)
+        assert found[0] == first[0] and tiny.same(found[1], first[1]), placement
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_update_on_the_device_agrees_with_the_kernels(tmp_path, dtype) -> None:
     a, b = run(tmp_path, "device", dtype), run(tmp_path, "host", dtype)
