@@ -163,6 +163,8 @@ def _slower(plan: MemoryPlan, tier: Tier) -> str:
     """The remedy of moving what lives in the tier for good, where something does that can move."""
     movable = {"offload_param": (Kind.PARAM,), "offload_optimizer": STATES}
     blocks = [block for block, kinds in movable.items() if any(plan.resident.get((tier, kind)) for kind in kinds)]
+    if tier is Tier.HOST and plan.placement.gradients == "host" and plan.placement.optimizer is Tier.NVME:
+        return ', or set tierflow.gradients to "auto"'
     if tier is Tier.NVME or not blocks:
         return ""
     target = '"cpu" or "nvme"' if tier is Tier.DEVICE else '"nvme"'

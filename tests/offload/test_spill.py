@@ -103,6 +103,7 @@ def test_they_go_to_nvme_only_where_host_memory_is_short(tmp_path) -> None:
         block = {"gradients": gradients, "device_memory": 4 * UNIT}
         with pytest.raises(DoesNotFit) as refused:
             tierflow.offload(model, tiny.config("everything", tmp_path, host_memory=4096, **block))
+        assert ('or set tierflow.gradients to "auto"' in str(refused.value)) == (gradients == "host")
         return refused.value.needed[Tier.HOST]
 
     in_memory, fewest = least("host"), least("auto")
