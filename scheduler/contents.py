@@ -8,7 +8,7 @@ import torch
 
 from tierflow.cpu_adam import kernels
 from tierflow.scheduler.units import Slot, Unit
-from tierflow.swap import IO_BYTES, CapacityError, Chunk, Event, Kind, Manager, Tier
+from tierflow.swap import IO_BYTES, CapacityError, Chunk, Kind, Manager, Tier
 from tierflow.swap.lanes import finish
 from tierflow.swap.manager import Victims
 
@@ -193,8 +193,7 @@ def write_back(manager: Manager, unit: Unit, victims: Victims) -> bool:
     if home is not Tier.DEVICE:
         write_bytes(manager, unit, Kind.PARAM, 0, now, victims)
         manager.wrote(chunk, Tier.DEVICE)
-        manager.ledger.apply(chunk, home, Event.BEGIN_FILL)
-        manager.ledger.apply(chunk, home, Event.END_FILL)
+        manager.ledger.renew(chunk, home)
     if Kind.MASTER in unit.chunks:
         _follow(manager, unit, now.view(unit.dtype), before.view(unit.dtype), victims)
     return True

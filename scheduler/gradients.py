@@ -250,6 +250,21 @@ class GradSlot:
         self.context.arrived(self)
 
 
+class Watched:
+    """One unit's gradients, and whether anybody has them still. Made while nobody has."""
+
+    def __init__(self, slots: list[GradSlot]):
+        self.slots = slots
+        self._references = self._count()
+
+    def _count(self) -> int:
+        return sum(slot.references() for slot in self.slots)
+
+    def idle(self) -> bool:
+        """Whether no parameter has its gradient, and nobody kept a handle or a view of one."""
+        return not any(slot.present() for slot in self.slots) and self._count() == self._references
+
+
 def weakly(slot: GradSlot) -> Callable[[torch.Tensor], None]:
     """The slot's post-accumulate hook without a reference to it: Python's collector cannot see into autograd's."""
     found = weakref.ref(slot)

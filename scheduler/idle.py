@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tierflow.scheduler.gradients import GradSlot
+from tierflow.scheduler.gradients import GradSlot, Watched
 from tierflow.scheduler.units import Unit
 from tierflow.swap import CapacityError, DebugMemory, Lease, Pool
 
@@ -24,7 +24,7 @@ class IdleGradients:
     def __init__(self, debug: DebugMemory | None = None):
         self._debug = debug
         self._pool: Pool | None = None
-        self._memory: dict[int, tuple[Lease, list[GradSlot], int]] = {}
+        self._memory: dict[int, tuple[Lease, Watched]] = {}
         self._rested: list[int] = []  # updated, in this order, and not lent yet
         self._lent: set[int] = set()
         self._closed = False
@@ -32,7 +32,7 @@ class IdleGradients:
     def register(self, unit: Unit, memory: Lease, slots: list[GradSlot]) -> None:
         """The unit's gradients are in ``memory``, of which only ``slots`` know."""
         self._pool = self._pool or Pool("host (idle gradients)", memory.pool.arena, 0, 0, self._debug)
-        self._memory[unit.index] = memory, slots, _references(slots)
+        self._memory[unit.index] = memory, Watched(slots)
 
     def rest(self, unit: Unit) -> None:
         """The unit's update has run: nobody needs its gradient."""
@@ -43,7 +43,7 @@ class IdleGradients:
         """Whether so many bytes in a row can be had."""
         if self._pool is None or self._closed:
             return False
-        while self._rested and self._is_idle(self._rested[0]):
+        while self._rested and self._memory[self._rested[0]][1].idle():
             index = self._rested.pop(0)
             lease = self._memory[index][0]
             self._pool.add(lease.offset, lease.nbytes)
@@ -81,17 +81,9 @@ class IdleGradients:
         self._pool.remove(begin, memory.nbytes)
         self._lent.discard(unit.index)
 
-    def _is_idle(self, index: int) -> bool:
-        _, slots, references = self._memory[index]
-        return not any(slot.present() for slot in slots) and _references(slots) == references
-
     def close(self) -> None:
         """Lets go of the memory."""
         self._memory.clear()
         self._rested.clear()
         self._lent.clear()
         self._pool = None
-
-
-def _references(slots: list[GradSlot]) -> int:
-    return sum(slot.references() for slot in slots)

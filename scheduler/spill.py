@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tierflow.scheduler.gradients import GradSlot
+from tierflow.scheduler.gradients import GradSlot, Watched
 from tierflow.scheduler.units import Unit
 from tierflow.swap import CapacityError, Chunk, Kind, Manager, PagedMemory, Tier, paged_bytes
 
@@ -23,8 +23,7 @@ class _Gradients:
     """One unit's. ``stored``: of what NVMe has, how often they had changed; ``held``: by how many they must stay."""
 
     chunk: Chunk
-    slots: list[GradSlot]
-    references: int = 0
+    watched: Watched
     stored: int = -1
     held: int = 0
 
@@ -33,11 +32,7 @@ class _Gradients:
         return paged_bytes(self.chunk.nbytes)
 
     def changes(self) -> int:
-        return sum(slot.writes for slot in self.slots)
-
-    def idle(self) -> bool:
-        """Whether no parameter has its gradient, and nobody kept a handle or a view of one."""
-        return not any(s.present() for s in self.slots) and sum(s.references() for s in self.slots) == self.references
+        return sum(slot.writes for slot in self.watched.slots)
 
 
 @dataclass(frozen=True)
@@ -75,7 +70,7 @@ class SpilledGradients:
     ):
         chunks = {u.index: u.chunks[Kind.GRAD] for u in units if u.trainable and manager.home(u.chunks[Kind.GRAD]) is Tier.NVME}
         self._memory = PagedMemory(manager, list(chunks.values()))
-        self._units = {index: _Gradients(chunk, []) for index, chunk in chunks.items()}
+        self._units = {index: _Gradients(chunk, Watched([])) for index, chunk in chunks.items()}
         self._largest = max((g.nbytes for g in self._units.values()), default=0)
         self._window, self._due, self._rest = window, due, rest
         self._here: OrderedDict[int, _Gradients] = OrderedDict()  # the least recently used first
@@ -93,9 +88,7 @@ class SpilledGradients:
 
     def register(self, unit: Unit, slots: list[GradSlot]) -> None:
         """The unit's gradients are those of ``slots``."""
-        gradients = self._units[unit.index]
-        gradients.slots = slots
-        gradients.references = sum(slot.references() for slot in slots)
+        self._units[unit.index].watched = Watched(slots)
 
     def here(self, unit: Unit) -> bool:
         """Whether the unit's gradients are in memory."""
@@ -117,6 +110,8 @@ class SpilledGradients:
         if gradients is None:
             return
         self._end_write(gradients)
+        if index == next(reversed(self._here), None):
+            return
         if index not in self._here:
             self._make_room(gradients.nbytes)
             wanted = self._wanted(index)
@@ -158,10 +153,10 @@ class SpilledGradients:
     def _write(self, index: int) -> None:
         """Starts writing what NVMe has not got."""
         gradients = self._here[index]
-        for slot in gradients.slots:
+        for slot in gradients.watched.slots:
             slot.finish_transfer()
         if not gradients.held and gradients.changes() != gradients.stored and self._wanted(index):
-            for slot in gradients.slots:
+            for slot in gradients.watched.slots:
                 slot.note_stats()
             self._memory.write(gradients.chunk)
             gradients.stored = gradients.changes()
@@ -174,7 +169,7 @@ class SpilledGradients:
             raise
 
     def _wanted(self, index: int) -> bool:
-        return self._due(index) or not self._units[index].idle()
+        return self._due(index) or not self._units[index].watched.idle()
 
     def close(self) -> None:
         """Lets go of the memory."""

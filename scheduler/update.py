@@ -18,7 +18,7 @@ from tierflow.scheduler.jobs import Job, Piece, foreseen, spans
 from tierflow.scheduler.read_ahead import ReadAhead
 from tierflow.scheduler.stager import Stager
 from tierflow.scheduler.units import Unit
-from tierflow.swap import CapacityError, Chunk, CopyState, Event, Kind, Lane, Lease, Ticket, Tier
+from tierflow.swap import CapacityError, Chunk, CopyState, Kind, Lane, Lease, Ticket, Tier
 from tierflow.swap.lanes import finish
 from tierflow.swap.manager import Victims
 
@@ -436,8 +436,7 @@ class UpdateQueue:
         """All that was computed has been written through."""
         home = self._manager.home(chunk)
         if self._manager.ledger.state(chunk, home) is CopyState.STALE:
-            self._manager.ledger.apply(chunk, home, Event.BEGIN_FILL)
-            self._manager.ledger.apply(chunk, home, Event.END_FILL)
+            self._manager.ledger.renew(chunk, home)
 
     def _lost(self, chunk: Chunk) -> None:
         job = self._jobs.get(chunk.unit)

@@ -98,6 +98,11 @@ class Ledger:
             self.apply(chunk, other, Event.INVALIDATE)
         return others
 
+    def renew(self, chunk: Chunk, tier: Tier) -> None:
+        """A stale copy is true again: what the others have was written through to it, piece by piece."""
+        self.apply(chunk, tier, Event.BEGIN_FILL)
+        self.apply(chunk, tier, Event.END_FILL)
+
     def pins(self, chunk: Chunk, tier: Tier) -> int:
         """How many users hold the copy where it is."""
         return self._pins.get((chunk.id, tier), 0)

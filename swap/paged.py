@@ -42,12 +42,8 @@ class PagedMemory:
         self._arena.use_small_pages(large, end - large)
 
     def bytes(self, chunk: Chunk) -> torch.Tensor:
-        """The chunk's memory as uint8 of shape (nbytes,); what is in it counts while ``holds`` says so."""
+        """The chunk's memory as uint8 of shape (nbytes,); what is in it counts from ``bring`` to ``drop``."""
         return self._arena.bytes_at(self._offsets[chunk.id], chunk.nbytes)
-
-    def holds(self, chunk: Chunk) -> bool:
-        """Whether the chunk's bytes are in memory."""
-        return self._ledger.valid(chunk, Tier.HOST)
 
     def bring(self, chunk: Chunk, read: bool) -> None:
         """Makes the memory the chunk's copy, with what NVMe has or (not ``read``) undefined. Raises OSError, all undone."""
@@ -87,8 +83,7 @@ class PagedMemory:
         """Gives the pages back. What was not written is lost."""
         self.end_write(chunk)
         if self._ledger.state(chunk, Tier.NVME) is CopyState.STALE:  # nobody wants what either has
-            self._ledger.apply(chunk, Tier.NVME, Event.BEGIN_FILL)
-            self._ledger.apply(chunk, Tier.NVME, Event.END_FILL)
+            self._ledger.renew(chunk, Tier.NVME)
         self._vacate(chunk)
 
     def _vacate(self, chunk: Chunk) -> None:
