@@ -53,7 +53,7 @@ class DueUpdates:
         if self.speculation is not None and backward:
             self.speculation.advance()
         if self.queue:
-            self.run(self.queue.advance)
+            self.run(lambda: self.queue.advance(may_wait=not backward))
         if backward and self.deferred and self._read_ahead and self._recorder.learned and not speculating:
             self.run(lambda: self.queue.foresee(self._in_order_of_use))
 
@@ -130,4 +130,4 @@ class DueUpdates:
         for job in jobs:
             if not job.ended:
                 self._binder.shut(job.unit)
-        self.run(self.queue.advance)
+        self.run(lambda: self.queue.advance(may_wait=True))

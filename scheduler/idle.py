@@ -41,14 +41,23 @@ class IdleGradients:
 
     def offers(self, nbytes: int) -> bool:
         """Whether so many bytes in a row can be had."""
+        pool = self._open()
+        return pool is not None and pool.largest >= nbytes
+
+    def free(self) -> int:
+        """Bytes that can be had."""
+        pool = self._open()
+        return 0 if pool is None else pool.free
+
+    def _open(self) -> Pool | None:
         if self._pool is None or self._closed:
-            return False
+            return None
         while self._rested and self._memory[self._rested[0]][1].idle():
             index = self._rested.pop(0)
             lease = self._memory[index][0]
             self._pool.add(lease.offset, lease.nbytes)
             self._lent.add(index)
-        return self._pool.largest >= nbytes
+        return self._pool
 
     def lease(self, nbytes: int) -> Lease | None:
         """Memory for a while, or None. Of what there is, that of the earliest unit: its backward comes last."""

@@ -66,6 +66,12 @@ class Piece:
     weights: list[Ticket] = field(default_factory=list)  # their write
     writes: list[Ticket] = field(default_factory=list)
     fills: list[Ticket] = field(default_factory=list)  # to a device, where the compute waits for them
+    _arrived: bool = False
+
+    def arrived(self) -> bool:
+        """Whether all that was to be read is there."""
+        self._arrived = self._arrived or all(ticket.done() for ticket in self.reads)
+        return self._arrived
 
 
 def segments(job: Job, begin: int, end: int) -> Iterator[tuple[int, int, Slot, GradSlot, ParamStep]]:

@@ -26,23 +26,36 @@ class ReadAhead:
     def __iter__(self) -> Iterator[Piece]:
         return iter(list(self._pieces.values()))
 
-    def read(self, job: Job, every: bool) -> bool:
-        """Starts reading what the job is to update (``every``: or may have to, of a step that has not come); False if
-        there is no room for all of it.
-        """
-        room = self._stager.manager.pools[Tier.HOST].working
-        for begin, end in self._cut(job, every):
-            piece, key = Piece(job, begin, end), (job.unit.index, begin, end)
-            if key in self._pieces:
-                continue
-            borrow = not every and self._stager.idle.offers(self._stager.needs(piece))  # what is foreseen outlives them
-            if not borrow and self._landing and room.free < self._stager.needs(piece) + self._landing:
-                return False
-            try:
-                self._stager.read(piece, _nothing, wait=False, borrow=borrow)
-            except CapacityError:
-                return False
-            self._pieces[key] = piece
+    def arriving(self) -> int:
+        """How many pieces are being read."""
+        return sum(not piece.arrived() for piece in self._pieces.values())
+
+    def has(self, unit: Unit, span: tuple[int, int] | None) -> bool:
+        """Whether the span's piece, or without one any piece of the unit, is read."""
+        return any(key[0] == unit.index and span in (None, key[1:]) for key in self._pieces)
+
+    def read(self, job: Job) -> bool:
+        """Starts reading what the job is to update; False if there is no room for all of it."""
+        return all(self.start(Piece(job, *span)) for span in self._cut(job, False))
+
+    def to_come(self, job: Job) -> Iterator[Piece]:
+        """The pieces that may have to be read for a job of a step that has not come."""
+        return (Piece(job, *span) for span in self._cut(job, True))
+
+    def start(self, piece: Piece, borrow: bool = True) -> bool:
+        """Starts reading, unless that was done; False if there is no room. ``borrow``: memory of idle gradients will do."""
+        key = piece.job.unit.index, piece.begin, piece.end
+        if key in self._pieces:
+            return True
+        room, need = self._stager.manager.pools[Tier.HOST].working, self._stager.needs(piece)
+        borrow = borrow and self._stager.idle.offers(need)
+        if not borrow and self._landing and room.free < need + self._landing:
+            return False
+        try:
+            self._stager.read(piece, _nothing, wait=False, borrow=borrow)
+        except CapacityError:
+            return False
+        self._pieces[key] = piece
         return True
 
     def take(self, job: Job, begin: int, end: int) -> Piece | None:

@@ -190,34 +190,48 @@ class Stager:
                 seed=slot.order, index=low - slot.offset,
             )  # fmt: skip
 
-    def write(self, piece: Piece) -> None:
-        """Starts writing what changed to the homes that are not where it was computed."""
-        manager, spare, held = self.manager, piece.job.speculative, piece.job.held
+    def write_weights(self, piece: Piece) -> None:
+        """Starts writing the weights home, and whatever goes to memory."""
+        manager, held = self.manager, piece.job.held
         for kind, data in piece.tensors.items():
-            if kind is Kind.GRAD:
-                continue
-            chunk = piece.job.unit.part(kind, piece.begin)
-            at = chunk.bytes_of(piece.begin - chunk.begin)
-            if kind in piece.before:
-                piece.writes.append(manager.write(chunk, piece.before[kind].view(torch.uint8), at, spare))
-            if manager.home(chunk) is Tier.NVME and kind is Kind.PARAM:  # others' weights wait for the held copy's room
-                piece.weights.append(manager.write(chunk, data.view(torch.uint8), at, spare, urgent=held))
-            elif manager.home(chunk) is Tier.NVME and kind in piece.staged:
-                piece.writes.append(manager.write(chunk, data.view(torch.uint8), at, spare))
-            elif kind in piece.staged:
-                home = manager.memory(chunk, manager.home(chunk)).bytes()
+            chunk, at = self._place(piece, kind)
+            home = manager.home(chunk)
+            if home is Tier.NVME and kind is Kind.PARAM:  # others' weights wait for the held copy's room
+                piece.weights.append(manager.write(chunk, data.view(torch.uint8), at, piece.job.speculative, urgent=held))
+            elif home is not Tier.NVME and kind in piece.staged:
+                there = manager.memory(chunk, home).bytes()
                 manager.traffic.to_device += data.nbytes
-                fill = manager.lane.fill(home[at : at + data.nbytes], data.view(torch.uint8))
+                fill = manager.lane.fill(there[at : at + data.nbytes], data.view(torch.uint8))
                 self._timeline.follow(Lane.TO_DEVICE, self._timeline.name(chunk.id), fill.times, data.nbytes)
                 piece.fills.append(fill)
 
-    def release(self, piece: Piece) -> None:
-        """Gives the staging memory back; nothing of the piece is under way any more."""
-        piece.tensors.clear()
-        piece.before.clear()
+    def write_states(self, piece: Piece) -> None:
+        """Starts writing the states to NVMe; of an update that may be undone, also what was in memory before it."""
+        spare = piece.job.speculative
+        for kind, data in piece.tensors.items():
+            chunk, at = self._place(piece, kind)
+            if kind in piece.before:
+                piece.writes.append(self.manager.write(chunk, piece.before[kind].view(torch.uint8), at, spare))
+            elif kind is not Kind.PARAM and kind in piece.staged and self.manager.home(chunk) is Tier.NVME:
+                piece.writes.append(self.manager.write(chunk, data.view(torch.uint8), at, spare))
+
+    def _place(self, piece: Piece, kind: Kind) -> tuple[Chunk, int]:
+        """The chunk that holds the piece's elements of a kind, and their first byte in it."""
+        chunk = piece.job.unit.part(kind, piece.begin)
+        return chunk, chunk.bytes_of(piece.begin - chunk.begin)
+
+    def let_gradients_go(self, piece: Piece) -> None:
+        """The kernel has run, or never will."""
+        piece.tensors.pop(Kind.GRAD, None)
         if piece.holds_gradients and self._spilled is not None:
             self._spilled.let_go(piece.job.unit.index)
         piece.holds_gradients = False
+
+    def release(self, piece: Piece) -> None:
+        """Gives the staging memory back; nothing of the piece is under way any more."""
+        self.let_gradients_go(piece)
+        piece.tensors.clear()
+        piece.before.clear()
         if piece.scratch is not None and piece.borrowed:
             piece.scratch.release()
         elif piece.scratch is not None:

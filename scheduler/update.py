@@ -18,8 +18,9 @@ from tierflow.scheduler.jobs import Job, Piece, foreseen, spans
 from tierflow.scheduler.read_ahead import ReadAhead
 from tierflow.scheduler.stager import Stager
 from tierflow.scheduler.units import Unit
-from tierflow.swap import CapacityError, Chunk, CopyState, Kind, Lane, Lease, Ticket, Tier
-from tierflow.swap.lanes import finish
+from tierflow.scheduler.write_behind import WriteBehind
+from tierflow.swap import CapacityError, Chunk, CopyState, Kind, Lane, Lease, Tier
+from tierflow.swap.lanes import finish, finish_all
 from tierflow.swap.manager import Victims
 
 #: Victims whose next use is farther than that of the given unit; None: any.
@@ -29,6 +30,8 @@ VictimsBeyond = Callable[[Unit | None], Victims]
 #: Pieces whose states are read before their weights have room: what keeps the drive busy. More would only stand before
 #: reads that somebody waits for.
 AHEAD_OF_WEIGHTS = 8
+#: Pieces of the step to come that are being read at once: the backward's weights wait behind them.
+FORESEEN_AT_ONCE = 2
 
 
 class UpdateQueue:
@@ -46,15 +49,15 @@ class UpdateQueue:
     ):  # fmt: skip
         self.stager, self.piece_elements, self.depth = stager, piece_elements, depth
         self._in_turn = in_turn
-        self._manager, self._victims = stager.manager, victims
+        self._manager, self._victims, self._landing = stager.manager, victims, landing
         self._waiting: deque[Job] = deque()  # some piece was not begun
         self._jobs: dict[int, Job] = {}  # not ended, by unit
         self._reading: deque[Piece] = deque()
         self._computing: deque[Piece] = deque()
-        self._writing: deque[Piece] = deque()
-        self._homing: deque[Piece] = deque()  # those of them whose weights are not written
+        self._writing = WriteBehind(stager, self._room_to_read, self._weights_written, self._ended)
         self._resting = False
-        self._looked_ahead = False
+        self._may_wait = False  # new states, for their write
+        self._to_come: Iterator[Piece] | None = None
         self.ahead = ReadAhead(stager, self._cut, landing)
         self._manager.reclaim = self.forget
         self._manager.on_lost = self._lost
@@ -63,7 +66,7 @@ class UpdateQueue:
 
     def add(self, jobs: list[Job]) -> None:
         """Queues jobs in the order in which they are needed."""
-        self._looked_ahead = False
+        self._to_come = None
         for job in jobs:
             self.end(job.unit)
             self._jobs[job.unit.index] = job
@@ -92,13 +95,21 @@ class UpdateQueue:
 
         Of the step to come nothing is known yet but that it reads these bytes.
         """
-        if not self._jobs and not self._looked_ahead:
-            self._looked_ahead = True
-            for unit in units():
-                tier = self._tier_of_use(unit)
-                known = self.stager.streams(unit) and not self.stager.spilled(unit)  # whose gradient is still to come
-                if tier is not None and known and not self.ahead.read(foreseen(unit, tier), every=True):
-                    return
+        if self._jobs:
+            return
+        if self._to_come is None:
+            self._to_come = self._pieces_to_come(units())
+        while self.ahead.arriving() < FORESEEN_AT_ONCE:
+            piece = next(self._to_come, None)
+            if piece is None or not self.ahead.start(piece, borrow=False):  # it outlives the backward, idle memory does not
+                self._to_come = iter(())
+                return
+
+    def _pieces_to_come(self, units: Iterable[Unit]) -> Iterator[Piece]:
+        for unit in units:
+            tier = self._tier_of_use(unit)
+            if tier is not None and self.stager.streams(unit) and not self.stager.spilled(unit):  # its gradient is to come
+                yield from self.ahead.to_come(foreseen(unit, tier))
 
     def _look_ahead(self) -> None:
         """Reads states of jobs whose weights have no room yet, so that the drive goes on meanwhile."""
@@ -108,7 +119,7 @@ class UpdateQueue:
                 continue
             if len(self.ahead) >= AHEAD_OF_WEIGHTS or not self._room_for(job.unit, len(self.ahead)):
                 return
-            if self.stager.streams(job.unit) and not self.ahead.read(replace(job, tier=tier), every=False):
+            if self.stager.streams(job.unit) and not self.ahead.read(replace(job, tier=tier)):
                 return
             job.read_ahead = True
 
@@ -120,8 +131,9 @@ class UpdateQueue:
 
     # ---- progress
 
-    def advance(self) -> None:
-        """Goes as far as it can without waiting."""
+    def advance(self, may_wait: bool = False) -> None:
+        """Goes as far as it can without waiting. ``may_wait``: new states, for their write, while memory is left."""
+        self._may_wait = may_wait
         if not self._jobs:
             return
         progress = True
@@ -153,7 +165,7 @@ class UpdateQueue:
 
     def rest(self) -> None:
         """Until nothing is under way and nothing is held: somebody needs the memory."""
-        self._resting = True
+        self._resting, self._may_wait = True, False
         self.forget()
         try:
             while any(job.begun for job in self._jobs.values()):
@@ -163,6 +175,7 @@ class UpdateQueue:
 
     def settle(self) -> None:
         """Until nothing is due and nothing is under way."""
+        self._may_wait = False
         for job in self._waiting:
             if not job.begun:
                 job.whole = False
@@ -180,7 +193,7 @@ class UpdateQueue:
             if piece.kernel is not None:
                 piece.kernel.exception()
             self.stager.release(piece)
-        for queue in (self._reading, self._computing, self._writing, self._homing, self._waiting):
+        for queue in (self._reading, self._computing, self._writing, self._waiting):
             queue.clear()
         for job in self._jobs.values():
             self._let_go(job)
@@ -194,13 +207,9 @@ class UpdateQueue:
         for piece in self.ahead:
             if piece.scratch is not None and inside(piece.scratch):
                 self.forget(piece.job.unit)
-        for piece in (*self._reading, *self._computing, *self._writing):
-            while piece.scratch is not None and inside(piece.scratch):
-                if piece in self._writing:
-                    self._wait_write(piece)
-                    self._ended(piece)
-                else:
-                    self._step()
+        while any(p.scratch is not None and inside(p.scratch) for p in (*self._reading, *self._computing)):
+            self._step()
+        self._writing.empty(inside)
 
     def cancel(self, unit: Unit) -> bool:
         """Takes the unit's job out of the queue; False if it has begun, or there is none."""
@@ -231,14 +240,11 @@ class UpdateQueue:
         elif self._computing:
             self._wait_kernel(self._computing[0])
         elif not self._begin(must=not self._writing):
-            if self._homing:
-                self._wait_weights(self._homing[0])
-            else:
-                self._wait_write(self._writing[0])
+            self._writing.wait()
 
     def _wait_read(self, piece: Piece) -> None:
         began = time.perf_counter()
-        _finish_all(piece.reads)
+        finish_all(piece.reads)
         self._manager.fetches.settle_chunk(piece.job.unit.chunk)
         self._manager.traffic.wait_read += time.perf_counter() - began
         self._manager.timeline.wait(Lane.READ, f"{piece.job.unit.label} states", began)
@@ -249,31 +255,16 @@ class UpdateQueue:
         piece.kernel.result()
         self._manager.timeline.wait(Lane.UPDATE, f"{piece.job.unit.label} update", began)
 
-    def _wait_weights(self, piece: Piece) -> None:
-        with self._waiting_for_write(piece):
-            self._weights_written(piece)
-
-    def _wait_write(self, piece: Piece) -> None:
-        with self._waiting_for_write(piece):
-            if piece in self._homing:
-                self._weights_written(piece)
-            _finish_all(piece.writes)
-            _finish_all(piece.fills)
-
-    @contextlib.contextmanager
-    def _waiting_for_write(self, piece: Piece) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self._manager.traffic.wait_write += time.perf_counter() - began
-        self._manager.timeline.wait(Lane.WRITE, f"{piece.job.unit.label} states", began)
-
     # ---- the stages of a piece
 
     def _begin(self, must: bool) -> bool:
         """Starts the next piece's reads; False if there is none, or no room for it yet."""
-        if not self._waiting or not self._room_for(self._waiting[0].unit):
+        if not self._waiting:
             return False
         job = self._waiting[0]
+        read = self.ahead.has(job.unit, job.todo[0] if job.todo else None)
+        if not (must or read or self._room_for(job.unit)):
+            return False
         if not job.begun and (self._resting or not self._begin_job(job, must)):
             return False
         span = job.todo[0]
@@ -300,8 +291,24 @@ class UpdateQueue:
         pieces = (*self._reading, *self._computing, *self._writing)
         if sum(not piece.borrowed for piece in pieces) + foreseen < self.depth:
             return True
-        elements = min(self.piece_elements, unit.chunk.numel)
-        return self.stager.idle.offers(self.stager.most(unit, elements))
+        need = self._most(unit)
+        return self._free() >= need or self.stager.idle.offers(need)
+
+    def _most(self, unit: Unit) -> int:
+        """Bytes of staging memory that a piece of the unit needs at most."""
+        return self.stager.most(unit, min(self.piece_elements, unit.chunk.numel))
+
+    def _free(self) -> int:
+        """Bytes of HOST that nobody has, and weights on their way up do not need."""
+        return self._manager.pools[Tier.HOST].working.free - self._landing
+
+    def _room_to_read(self) -> int | None:
+        """How many pieces are being read, or could be; None if that is no reason for anything to wait."""
+        if not (self._may_wait and self._waiting):
+            return None
+        free = max(self._free(), 0) + self.stager.idle.free()
+        reading = sum(not piece.arrived() for piece in self._reading) + self.ahead.arriving()
+        return reading + free // self._most(self._waiting[0].unit)
 
     def _begin_job(self, job: Job, must: bool) -> bool:
         manager, chunk = self._manager, job.unit.chunk
@@ -361,7 +368,7 @@ class UpdateQueue:
         if not self._reading or not self._ready(self._reading[0]):
             return False
         piece = self._reading[0]
-        _finish_all(piece.reads)
+        finish_all(piece.reads)
         if piece.job.tier is not None:
             self._manager.wrote(piece.job.unit.chunk, piece.job.tier)
         self.stager.compute(piece)
@@ -373,7 +380,7 @@ class UpdateQueue:
         if job.tier is not None and not job.held and self._manager.home(chunk) is Tier.NVME:  # its fetch failed
             job.held = self._manager.fetches.start(chunk, self._victims(None), target=job.tier, hold=True)
         there = job.tier is None or self._manager.ledger.valid(chunk, job.tier)
-        return there and all(t.done() for t in piece.reads)
+        return there and piece.arrived()
 
     def _retire(self) -> bool:
         """Starts the writes of what was computed and ends what was written; False if there is nothing to do."""
@@ -381,21 +388,14 @@ class UpdateQueue:
         while self._computing and self._computing[0].kernel.done():  # type: ignore[union-attr]
             self._computed(self._computing[0])
             done = True
-        while self._homing and all(t.done() for t in self._homing[0].weights):
-            self._weights_written(self._homing[0])
-            done = True
-        while self._writing and _written(self._writing[0]):
-            self._ended(self._writing[0])
-            done = True
-        return done
+        self._writing.send()
+        return self._writing.retire() or done
 
     def _computed(self, piece: Piece) -> None:
         assert piece.kernel is not None
         piece.kernel.result()
-        self.stager.write(piece)
-        self._writing.append(self._computing.popleft())
-        if piece.weights:
-            self._homing.append(piece)
+        self.stager.let_gradients_go(piece)
+        self._writing.add(self._computing.popleft())
         job = piece.job
         for ticket in piece.fills:
             self._manager.lane.before_use(ticket)
@@ -406,8 +406,6 @@ class UpdateQueue:
 
     def _weights_written(self, piece: Piece) -> None:
         """Once a unit's weights are all at home its copy is free to go; the states may follow later."""
-        _finish_all(piece.weights)
-        self._homing.remove(piece)
         piece.tensors.pop(Kind.PARAM, None)  # a view of it would keep it where it is
         job = piece.job
         job.unwritten -= 1
@@ -416,9 +414,6 @@ class UpdateQueue:
             self._let_go(job)
 
     def _ended(self, piece: Piece) -> None:
-        _finish_all(piece.writes)
-        _finish_all(piece.fills)
-        self._writing.remove(piece)
         self.stager.release(piece)
         job, chunk = piece.job, piece.job.unit.chunk
         job.writing -= 1
@@ -447,20 +442,3 @@ class UpdateQueue:
         if job.held and job.tier is not None:
             self._manager.fetches.let_go(job.unit.chunk, job.tier)
         job.held = False
-
-
-def _written(piece: Piece) -> bool:
-    return not piece.weights and all(t.done() for t in (*piece.writes, *piece.fills))
-
-
-def _finish_all(tickets: list[Ticket]) -> None:
-    """Waits for every ticket, then raises the first error: no transfer is left running behind a failure."""
-    error: BaseException | None = None
-    for ticket in tickets:
-        try:
-            finish(ticket)
-        except OSError as caught:
-            error = error or caught
-    tickets.clear()
-    if error is not None:
-        raise error

@@ -66,6 +66,19 @@ def finish(ticket: Ticket) -> None:
         raise interrupt
 
 
+def finish_all(tickets: list[Ticket]) -> None:
+    """Finishes and drops every ticket, then raises the first error: no transfer is left running behind a failure."""
+    error: BaseException | None = None
+    for ticket in tickets:
+        try:
+            finish(ticket)
+        except OSError as caught:
+            error = error or caught
+    tickets.clear()
+    if error is not None:
+        raise error
+
+
 class HostLane:
     """HOST <-> DEVICE where both are ordinary memory: a copy made at once by the caller's thread.
 

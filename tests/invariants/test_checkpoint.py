@@ -88,7 +88,7 @@ class Run:
 def test_resuming_is_going_on(tmp_path: Path, saved_in: str, dtype: torch.dtype) -> None:
     first = Run(tmp_path / "a", saved_in, dtype)
     if saved_in == "everything":  # updates stay due: the checkpoint is to hold them
-        first.optimizer.engine.updates.advance = lambda: None
+        first.optimizer.engine.updates.advance = lambda **_: None
     first.steps(3)
     if saved_in == "everything":
         assert first.optimizer.engine.updates

@@ -252,7 +252,7 @@ def test_a_gradient_whose_update_is_still_due_is_not_lost(tmp_path, monkeypatch)
         engine = optimizer.engine
         model(model.input(0)).backward()
         with monkeypatch.context() as patch:
-            patch.setattr(engine.updates, "advance", lambda: None)
+            patch.setattr(engine.updates, "advance", lambda **_: None)
             optimizer.step()
             optimizer.zero_grad()
             if gradients == "nvme":

@@ -85,13 +85,15 @@ def steady_step(model: nn.Module, loss_of: Callable[[int], torch.Tensor], path: 
     return log
 
 
-def update_of(unit: str, pieces: int, weights: bool = True, slot: str = "") -> list[str]:
-    """States in, kernel, states out, and the weights behind them: piece by piece."""
+def update_of(unit: str, pieces: int, weights: bool = True, slot: str = "", kept: bool = False) -> list[str]:
+    """States in, kernel, weights out, and the states behind them: piece by piece. ``kept``: what the weights were is
+    written instead, last.
+    """
     states = ["exp_avg", "exp_avg_sq"]
     return [
         *(f"read {unit} {kind}" for kind in states),
         f"kernel {unit}",
-        *(f"write {unit} {kind}{slot}" for kind in (*states, *(["param"] if weights else []))),
+        *(f"write {unit} {kind}{slot}" for kind in (*(["param"] if weights and not kept else []), *states, *(["param"] if kept else []))),
     ] * pieces
 
 
@@ -162,10 +164,10 @@ LLAMA = {
     ],
     "speculative": [
         "backward",
-        *update_of("model.norm", 1, slot=AHEAD),
-        *update_of("model.layers.1", 2, slot=AHEAD),
-        *update_of("model.layers.0", 2, slot=AHEAD),
-        *update_of("model.embed_tokens", 1, slot=AHEAD),
+        *update_of("model.norm", 1, slot=AHEAD, kept=True),
+        *update_of("model.layers.1", 2, slot=AHEAD, kept=True),
+        *update_of("model.layers.0", 2, slot=AHEAD, kept=True),
+        *update_of("model.embed_tokens", 1, slot=AHEAD, kept=True),
         "step",
         "next forward",
     ],

@@ -44,7 +44,7 @@ def test_sums_hold_in_every_placement(tmp_path, placement: str, update: str) -> 
     with torch.no_grad():  # an evaluation between two steps is neither's
         model(input_ids=next(tiny.batches(1))[0])
     settle(engine)
-    engine.updates.advance = lambda: None  # a drive so slow that nothing is there before it is waited for
+    engine.updates.advance = lambda **_: None  # a drive so slow that nothing is there before it is waited for
     began = time.perf_counter()
     engine.take_report()
     tiny.train(model, optimizer, 1)

@@ -1,0 +1,98 @@
+"""What a forward computed keeps out of the way of its reads, and what a backward foresees out of the way of its weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+from outcome import Stack, states_of
+from slow import SlowStore
+
+import tierflow
+from tierflow.scheduler.update import FORESEEN_AT_ONCE
+from tierflow.swap import Kind, Tier
+
+LAYERS, WIDTH = 40, 64
+UNIT = 4 * 6144  #: of weights; a layer's update is one piece
+PIECE = 3 * UNIT
+
+
+@contextmanager
+def trained(path: Path, pieces: int, layers: int = LAYERS) -> Iterator[tuple[Stack, Any]]:
+    """With everything on NVMe, room for three layers on the device, and for all gradients and ``pieces`` in host memory."""
+    model = Stack(layers, WIDTH)
+    caps = {"device_memory": 3 * UNIT, "host_memory": layers * UNIT + pieces * PIECE}
+    config = tiny.config("everything", path, clip=1e-3, update="deferred", **{name: str(n) for name, n in caps.items()})
+    _, optimizer = tierflow.offload(model, config)
+    try:
+        for number in range(3):
+            step(model, optimizer, number)
+        yield model, optimizer
+    finally:
+        optimizer.close()
+
+
+def step(model: Stack, optimizer: Any, number: int) -> None:
+    model(model.input(number, rows=2)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def written_by(engine: Any) -> Counter[bool]:
+    """Units' worth of bytes whose write was started since: True for weights, False for states."""
+    found, write = Counter[bool](), engine.manager.write
+
+    def noted(chunk: Any, data: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        found[chunk.kind is Kind.PARAM] += data.nbytes
+        return write(chunk, data, *args, **kwargs)
+
+    engine.manager.write = noted
+    return found
+
+
+def test_states_wait_for_their_write_while_memory_is_left(tmp_path: Path) -> None:
+    half_way, bits = dict[int, Counter[bool]](), []
+    for pieces in (LAYERS, 2):
+        with trained(tmp_path, pieces) as (model, optimizer):
+            engine = optimizer.engine
+            assert engine.plan.homes.resident(engine.units).keys() >= {(Tier.NVME, Kind.PARAM), (Tier.NVME, Kind.EXP_AVG)}
+            model(model.input(3, rows=2)).backward()
+            written = written_by(engine)
+            optimizer.step()
+            optimizer.zero_grad()
+
+            def note(*_: Any, written: Counter[bool] = written, pieces: int = pieces) -> None:
+                half_way[pieces] = written.copy()
+
+            hook = model.layers[LAYERS // 2].register_forward_pre_hook(note)
+            out = model(model.input(4, rows=2))
+            hook.remove()
+            out.backward()
+            assert written == {True: LAYERS * UNIT, False: 2 * LAYERS * UNIT}, "all is on its way home behind the backward"
+            optimizer.step()
+            optimizer.zero_grad()
+            bits.append(states_of(engine))
+    assert half_way[LAYERS][True] >= (LAYERS // 2 - 3) * UNIT and half_way[LAYERS][False] == 0
+    assert half_way[2][False] >= 2 * (LAYERS // 2 - 3) * UNIT, "two pieces are all the memory that there is"
+    assert tiny.same(*bits)
+
+
+def test_a_backward_reads_little_ahead_at_once(tmp_path: Path) -> None:
+    with trained(tmp_path, LAYERS) as (model, optimizer):
+        engine = optimizer.engine
+        engine.settle()
+        engine.manager.store = SlowStore(engine.manager.store, 2e-3)
+        seen = list[int]()
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(lambda _: seen.append(engine.updates.ahead.arriving()))
+        step(model, optimizer, 3)
+        engine.settle()
+        model(model.input(4, rows=2)).backward()
+        assert max(seen) == FORESEEN_AT_ONCE < len(engine.updates.ahead)
+        optimizer.step()
+        optimizer.zero_grad()
