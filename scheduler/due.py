@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 from tierflow.scheduler.binding import Binder
 from tierflow.scheduler.hooks import in_backward
@@ -12,6 +13,8 @@ from tierflow.scheduler.trace import Recorder
 from tierflow.scheduler.units import Unit
 from tierflow.scheduler.update import UpdateQueue
 from tierflow.swap import Tier
+
+T = TypeVar("T")
 
 
 class DueUpdates:
@@ -31,12 +34,13 @@ class DueUpdates:
         self.kernel_seconds = 0.0
         self._recorder, self._binder, self._units = recorder, binder, units
         self._read_ahead, self._viewed = read_ahead, viewed
+        queue.stager.manager.reclaim = lambda: self.run(queue.reclaim)
 
-    def run(self, part: Callable[[], None]) -> None:
+    def run(self, part: Callable[[], T]) -> T:
         """Runs a part of what is due; after an error there the training state is inconsistent."""
         before = self.queue.stager.kernel_seconds
         try:
-            part()
+            return part()
         except BaseException as error:
             self.failed = f"{type(error).__name__} in the update: {error}"
             self.queue.abandon()
@@ -51,7 +55,7 @@ class DueUpdates:
         backward = in_backward()
         speculating = self.speculation is not None and self.speculation.active
         if self.speculation is not None and backward:
-            self.speculation.advance()
+            self.run(self.speculation.advance)
         if self.queue:
             self.run(lambda: self.queue.advance(may_wait=not backward))
         if backward and self.deferred and self._read_ahead and self._recorder.learned and not speculating:

@@ -45,11 +45,12 @@ class IdleGradients:
         return pool is not None and pool.largest >= nbytes
 
     def free(self) -> int:
-        """Bytes that can be had."""
+        """Bytes that can be had, not all in a row."""
         pool = self._open()
         return 0 if pool is None else pool.free
 
     def _open(self) -> Pool | None:
+        """The pool, with all that has come to rest; None while nothing is lent."""
         if self._pool is None or self._closed:
             return None
         while self._rested and self._memory[self._rested[0]][1].idle():

@@ -66,6 +66,7 @@ class Piece:
     weights: list[Ticket] = field(default_factory=list)  # their write
     writes: list[Ticket] = field(default_factory=list)
     fills: list[Ticket] = field(default_factory=list)  # to a device, where the compute waits for them
+    sent: bool = False  # the write of its states has begun, if they have one
     _arrived: bool = False
 
     def arrived(self) -> bool:

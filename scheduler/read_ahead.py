@@ -13,10 +13,10 @@ from tierflow.swap.lanes import finish
 
 
 class ReadAhead:
-    """``cut``: spans of a job's elements, a piece each; ``landing``: bytes of HOST that are left to weights on their way up."""
+    """``cut``: spans of a job's elements, a piece each; ``free``: bytes of HOST that may be taken."""
 
-    def __init__(self, stager: Stager, cut: Callable[[Job, bool], list[tuple[int, int]]], landing: int):
-        self._stager, self._cut, self._landing = stager, cut, landing
+    def __init__(self, stager: Stager, cut: Callable[[Job, bool], list[tuple[int, int]]], free: Callable[[], int]):
+        self._stager, self._cut, self._free = stager, cut, free
         self._pieces: dict[tuple[int, int, int], Piece] = {}  # by unit, begin, end
         self.forgotten = 0  # bytes that were read for nothing
 
@@ -30,9 +30,9 @@ class ReadAhead:
         """How many pieces are being read."""
         return sum(not piece.arrived() for piece in self._pieces.values())
 
-    def has(self, unit: Unit, span: tuple[int, int] | None) -> bool:
-        """Whether the span's piece, or without one any piece of the unit, is read."""
-        return any(key[0] == unit.index and span in (None, key[1:]) for key in self._pieces)
+    def has(self, unit: Unit) -> bool:
+        """Whether any piece of the unit is read."""
+        return any(index == unit.index for index, _, _ in self._pieces)
 
     def read(self, job: Job) -> bool:
         """Starts reading what the job is to update; False if there is no room for all of it."""
@@ -47,9 +47,9 @@ class ReadAhead:
         key = piece.job.unit.index, piece.begin, piece.end
         if key in self._pieces:
             return True
-        room, need = self._stager.manager.pools[Tier.HOST].working, self._stager.needs(piece)
+        need = self._stager.needs(piece)
         borrow = borrow and self._stager.idle.offers(need)
-        if not borrow and self._landing and room.free < need + self._landing:
+        if not borrow and self._free() < need:
             return False
         try:
             self._stager.read(piece, _nothing, wait=False, borrow=borrow)

@@ -190,8 +190,8 @@ class Stager:
                 seed=slot.order, index=low - slot.offset,
             )  # fmt: skip
 
-    def write_weights(self, piece: Piece) -> None:
-        """Starts writing the weights home, and whatever goes to memory."""
+    def write_first(self, piece: Piece) -> None:
+        """Starts writing the weights home, and states whose home is memory."""
         manager, held = self.manager, piece.job.held
         for kind, data in piece.tensors.items():
             chunk, at = self._place(piece, kind)

@@ -19,7 +19,7 @@ from tierflow.scheduler.read_ahead import ReadAhead
 from tierflow.scheduler.stager import Stager
 from tierflow.scheduler.units import Unit
 from tierflow.scheduler.write_behind import WriteBehind
-from tierflow.swap import CapacityError, Chunk, CopyState, Kind, Lane, Lease, Tier
+from tierflow.swap import CapacityError, Chunk, CopyState, Lane, Lease, Tier
 from tierflow.swap.lanes import finish, finish_all
 from tierflow.swap.manager import Victims
 
@@ -35,7 +35,7 @@ FORESEEN_AT_ONCE = 2
 
 
 class UpdateQueue:
-    """Jobs in order, with at most ``depth`` pieces of ``piece_elements`` in flight.
+    """Jobs in order, in pieces of ``piece_elements``: ``depth`` of them in flight, and more in memory that nobody has.
 
     ``in_turn``: whether all weights that are used sooner than the unit's have come to DEVICE. ``landing``: bytes of HOST
     that are left to weights on their way up.
@@ -58,8 +58,8 @@ class UpdateQueue:
         self._resting = False
         self._may_wait = False  # new states, for their write
         self._to_come: Iterator[Piece] | None = None
-        self.ahead = ReadAhead(stager, self._cut, landing)
-        self._manager.reclaim = self.forget
+        self.ahead = ReadAhead(stager, self._cut, self._free)
+        self._manager.reclaim = self.reclaim
         self._manager.on_lost = self._lost
 
     # ---- what is due
@@ -127,7 +127,13 @@ class UpdateQueue:
         """Gives back what was read ahead (for one unit); False if nothing was."""
         for job in self._waiting:
             job.read_ahead = job.read_ahead and unit not in (None, job.unit)
+        if unit is None and self._to_come is not None:  # what is needed first is gone, and its memory wanted
+            self._to_come = iter(())
         return self.ahead.forget(unit)
+
+    def reclaim(self) -> bool:
+        """Gives back memory that is not in use at this moment; False if there is none."""
+        return self.forget() or self._writing.end_oldest()
 
     # ---- progress
 
@@ -157,6 +163,7 @@ class UpdateQueue:
 
     def end(self, unit: Unit) -> None:
         """Until the unit's update has reached its home."""
+        self._may_wait = False
         job = self._jobs.get(unit.index)
         if job is not None:
             self._first(job)
@@ -262,13 +269,14 @@ class UpdateQueue:
         if not self._waiting:
             return False
         job = self._waiting[0]
-        read = self.ahead.has(job.unit, job.todo[0] if job.todo else None)
-        if not (must or read or self._room_for(job.unit)):
-            return False
-        if not job.begun and (self._resting or not self._begin_job(job, must)):
-            return False
+        if not job.begun:
+            room = must or self.ahead.has(job.unit) or self._room_for(job.unit)
+            if self._resting or not room or not self._begin_job(job, must):
+                return False
         span = job.todo[0]
         ready = self.ahead.take(job, *span)
+        if not (ready or must or self._room_for(job.unit)):
+            return False
         piece = ready or Piece(job, *span)
         try:
             if not ready:
@@ -292,7 +300,8 @@ class UpdateQueue:
         if sum(not piece.borrowed for piece in pieces) + foreseen < self.depth:
             return True
         need = self._most(unit)
-        return self._free() >= need or self.stager.idle.offers(need)
+        more = not self._landing and self._free() >= need  # else it serves copies of weights
+        return more or self.stager.idle.offers(need)
 
     def _most(self, unit: Unit) -> int:
         """Bytes of staging memory that a piece of the unit needs at most."""
@@ -306,9 +315,11 @@ class UpdateQueue:
         """How many pieces are being read, or could be; None if that is no reason for anything to wait."""
         if not (self._may_wait and self._waiting):
             return None
-        free = max(self._free(), 0) + self.stager.idle.free()
+        need = self._most(self._waiting[0].unit)
+        free = self._free() if self._manager.pools[Tier.HOST].working.largest >= need else 0
+        idle = self.stager.idle.free() if self.stager.idle.offers(need) else 0
         reading = sum(not piece.arrived() for piece in self._reading) + self.ahead.arriving()
-        return reading + free // self._most(self._waiting[0].unit)
+        return reading + max(free, 0) // need + idle // need
 
     def _begin_job(self, job: Job, must: bool) -> bool:
         manager, chunk = self._manager, job.unit.chunk
@@ -388,14 +399,17 @@ class UpdateQueue:
         while self._computing and self._computing[0].kernel.done():  # type: ignore[union-attr]
             self._computed(self._computing[0])
             done = True
+        while self._writing.retire():
+            done = True
         self._writing.send()
-        return self._writing.retire() or done
+        return done
 
     def _computed(self, piece: Piece) -> None:
         assert piece.kernel is not None
         piece.kernel.result()
         self.stager.let_gradients_go(piece)
-        self._writing.add(self._computing.popleft())
+        self._writing.add(piece)
+        self._computing.popleft()
         job = piece.job
         for ticket in piece.fills:
             self._manager.lane.before_use(ticket)
@@ -406,7 +420,6 @@ class UpdateQueue:
 
     def _weights_written(self, piece: Piece) -> None:
         """Once a unit's weights are all at home its copy is free to go; the states may follow later."""
-        piece.tensors.pop(Kind.PARAM, None)  # a view of it would keep it where it is
         job = piece.job
         job.unwritten -= 1
         if not job.unwritten and job.tier is not None and not job.speculative:

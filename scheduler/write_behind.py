@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 
 from tierflow.scheduler.jobs import Piece
 from tierflow.scheduler.stager import Stager
-from tierflow.swap import Lane, Lease
+from tierflow.swap import Kind, Lane, Lease, Tier
 from tierflow.swap.lanes import finish_all
 
 #: Pieces that are being read, or have room to be, or are being written to have it: with fewer, writes begin. Enough for
@@ -25,8 +24,8 @@ AT_ONCE = 4
 
 
 class WriteBehind:
-    """``room``: how many pieces are being read or could be, None where nothing is left to read. ``weights_home``: called
-    with a piece whose weights were written; ``ended``: with one that is all at home.
+    """``room``: how many pieces are being read or could be, None where nothing is to wait. ``weights_home``: called with a
+    piece whose weights were written; ``ended``: with one that is all at home.
     """
 
     def __init__(
@@ -35,9 +34,7 @@ class WriteBehind:
     ):  # fmt: skip
         self._stager, self._room = stager, room
         self._weights_home, self._on_end = weights_home, ended
-        self._pieces: deque[Piece] = deque()
-        self._homing: deque[Piece] = deque()  # those of them whose weights are not written
-        self._unsent: deque[Piece] = deque()  # those whose states' write has not begun
+        self._pieces: list[Piece] = []  # in the order in which they were computed
 
     def __iter__(self) -> Iterator[Piece]:
         return iter(list(self._pieces))
@@ -47,48 +44,60 @@ class WriteBehind:
 
     def add(self, piece: Piece) -> None:
         """Takes over a piece whose kernel has run."""
-        self._stager.write_weights(piece)
         self._pieces.append(piece)
-        if piece.weights:
-            self._homing.append(piece)
-        # the step that takes an update tried before it counts on every write being under way; weights that were not
-        # updated where they are used come up once all is home
-        if piece.job.speculative or piece.job.tier is None:
-            self._stager.write_states(piece)
-        else:
-            self._unsent.append(piece)
+        self._stager.write_first(piece)
+        if not self._may_wait(piece):
+            self._send(piece)
+
+    def _may_wait(self, piece: Piece) -> bool:
+        job = piece.job
+        if job.speculative:  # once the update counts, what is not under way would go to the wrong slot
+            return False
+        if job.tier is None and self._stager.manager.home(job.unit.chunk) is Tier.NVME:  # whose use waits for the job's end
+            return False
+        return self._stager.streams(job.unit)
+
+    def _send(self, piece: Piece) -> None:
+        piece.sent = True
+        self._stager.write_states(piece)
 
     def send(self) -> None:
-        """Starts the writes whose memory is needed."""
-        while self._unsent and self._wanted():
-            self._stager.write_states(self._unsent.popleft())
-
-    def _wanted(self) -> bool:
-        room = self._room()
-        return room is None or room + len(self._pieces) - len(self._unsent) < ROOM
+        """Starts the writes whose memory is needed; what ``retire`` could end is taken for ended."""
+        unsent = [piece for piece in self._pieces if not piece.sent]
+        under_way = len(self._pieces) - len(unsent)
+        for sent, piece in enumerate(unsent):
+            room = self._room()
+            if room is not None and room + under_way + sent >= ROOM:
+                return
+            self._send(piece)
 
     def retire(self) -> bool:
-        """Ends what was written; False if nothing was."""
-        done = False
-        while self._homing and all(t.done() for t in self._homing[0].weights):
-            self._weights_written(self._homing[0])
-            done = True
-        while self._pieces and self._written(self._pieces[0]):
-            self._ended(self._pieces[0])
-            done = True
-        return done
-
-    def _written(self, piece: Piece) -> bool:
-        sent = not self._unsent or piece is not self._unsent[0]
-        return sent and not piece.weights and all(t.done() for t in (*piece.writes, *piece.fills))
+        """Ends what was written, in order; False if nothing was."""
+        homing = next((p for p in self._pieces if p.weights), None)
+        if homing is not None and all(t.done() for t in homing.weights):
+            self._weights_written(homing)
+            return True
+        oldest = next((p for p in self._pieces if p.sent), None)
+        if oldest is not None and not oldest.weights and all(t.done() for t in (*oldest.writes, *oldest.fills)):
+            self._ended(oldest)
+            return True
+        return False
 
     def wait(self) -> None:
         """Until some weights are home or, if there are none, the oldest piece is."""
-        if not self._homing:
+        homing = next((p for p in self._pieces if p.weights), None)
+        if homing is None:
             self._wait_for(self._pieces[0])
             return
-        with self._waiting(self._homing[0]):
-            self._weights_written(self._homing[0])
+        with self._waiting(homing):
+            self._weights_written(homing)
+
+    def end_oldest(self) -> bool:
+        """Gives the memory of one piece back, once it is written; False if there is none."""
+        if self._pieces:
+            self._wait_for(self._pieces[0])
+            return True
+        return False
 
     def empty(self, inside: Callable[[Lease], bool]) -> None:
         """Ends the pieces whose staging memory is ``inside``."""
@@ -97,10 +106,12 @@ class WriteBehind:
                 self._wait_for(piece)
 
     def _wait_for(self, piece: Piece) -> None:
-        while self._unsent and (piece in self._unsent or len(self._pieces) - len(self._unsent) < AT_ONCE):
-            self._stager.write_states(self._unsent.popleft())
+        for other in [p for p in self._pieces if not p.sent]:
+            if piece.sent and sum(p.sent for p in self._pieces) >= AT_ONCE:
+                break
+            self._send(other)
         with self._waiting(piece):
-            if piece in self._homing:
+            if piece.weights:
                 self._weights_written(piece)
             self._ended(piece)
 
@@ -113,7 +124,7 @@ class WriteBehind:
 
     def _weights_written(self, piece: Piece) -> None:
         finish_all(piece.weights)
-        self._homing.remove(piece)
+        piece.tensors.pop(Kind.PARAM, None)  # a view of it would keep the copy where it is
         self._weights_home(piece)
 
     def _ended(self, piece: Piece) -> None:
@@ -124,5 +135,4 @@ class WriteBehind:
 
     def clear(self) -> None:
         """Forgets every piece; the caller has ended what is under way."""
-        for queue in (self._pieces, self._homing, self._unsent):
-            queue.clear()
+        self._pieces.clear()

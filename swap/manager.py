@@ -60,7 +60,7 @@ class Manager:
     observer: Callable[[], None] = lambda: None  # called after memory changed hands
     on_lost: Callable[[Chunk], None] = lambda chunk: None  # the fetch of a copy to be held failed: nothing is held
     timeline: Timeline = field(default_factory=Timeline)
-    reclaim: Callable[[], bool] = lambda: False  # gives back memory that was taken ahead of need; False if there is none
+    reclaim: Callable[[], bool] = lambda: False  # gives back HOST memory that can wait; False if there is none
 
     def __post_init__(self) -> None:
         self._leases: dict[tuple[int, Tier], Lease] = {}
@@ -152,7 +152,9 @@ class Manager:
         """``demand``: it is needed now, so what was taken ahead of use gives way. Raises CapacityError."""
         pool = self.pools[tier].working
         nbytes = -(-nbytes // IO_BYTES) * IO_BYTES
-        ways = [self.reclaim, self.fetches.give_way, lambda: self._compact(tier, nbytes)] if demand else []
+        ways = [self.fetches.give_way, lambda: self._compact(tier, nbytes)] if demand else []
+        if demand and tier is Tier.HOST:
+            ways.insert(0, self.reclaim)
         while True:
             with contextlib.suppress(CapacityError):
                 return pool.lease(nbytes)
@@ -161,8 +163,8 @@ class Manager:
                 for chunk in given_up:
                     self.evict(chunk, tier)
                 continue
-            while ways and not ways.pop(0)():
-                pass
+            while ways and not ways[0]():
+                ways.pop(0)
             if not ways and self._cheapest(tier, nbytes, victims) is None and pool.largest < nbytes:
                 raise CapacityError(
                     pool.name, nbytes, pool.free, pool.largest, self.ledger.pinned_bytes(tier),

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tiny
 import torch
 from outcome import Stack, states_of
@@ -96,3 +97,50 @@ def test_a_backward_reads_little_ahead_at_once(tmp_path: Path) -> None:
         assert max(seen) == FORESEEN_AT_ONCE < len(engine.updates.ahead)
         optimizer.step()
         optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("frozen", [0, 9])
+@pytest.mark.parametrize("pieces", [2, 4])
+def test_what_waits_gives_way_to_what_is_asked_for(tmp_path: Path, frozen: int, pieces: int) -> None:
+    """Between steps all staging memory may hold states that wait; a weight that was never updated needs some of it."""
+    model = Stack(10, WIDTH)
+    model.layers[frozen].requires_grad_(False)
+    caps = {"device_memory": 8 * UNIT, "host_memory": 9 * UNIT + pieces * PIECE}
+    config = tiny.config("everything", tmp_path, clip=1e-3, update="deferred", **{name: str(n) for name, n in caps.items()})
+    _, optimizer = tierflow.offload(model, config)
+    weight = model.layers[frozen].weight
+    for number in range(4):
+        step(model, optimizer, number)
+        before = model.layers[frozen].state_dict()["weight"].clone()
+        with torch.no_grad(), tierflow.gathered([weight]):
+            weight.mul_(0.5)
+        assert torch.equal(model.layers[frozen].state_dict()["weight"], before * 0.5)
+    optimizer.close()
+
+
+@pytest.mark.parametrize("gradients", ["host", "nvme"])
+@pytest.mark.parametrize("kind", [Kind.PARAM, Kind.EXP_AVG])
+def test_a_write_that_cannot_begin_leaves_nothing_behind(tmp_path: Path, gradients: str, kind: Kind) -> None:
+    model = Stack(10, WIDTH)
+    host = (10 * UNIT if gradients == "host" else 2 * UNIT) + 8 * PIECE
+    caps = {"device_memory": str(8 * UNIT), "host_memory": str(host)}
+    config = tiny.config("everything", tmp_path, clip=1e-3, update="deferred", **caps | {"gradients": gradients})
+    _, optimizer = tierflow.offload(model, config)
+    step(model, optimizer, 0)
+    engine = optimizer.engine
+    engine.settle()
+    write, begun = engine.manager.write, Counter[Kind]()
+
+    def refuse(chunk: Any, *args: Any, **kwargs: Any) -> Any:
+        begun[chunk.kind] += 1
+        if begun[kind] == 2:
+            raise OSError("cannot begin")
+        return write(chunk, *args, **kwargs)
+
+    engine.manager.write = refuse
+    with pytest.raises(OSError, match="cannot begin"):
+        for number in (1, 2):
+            step(model, optimizer, number)
+    idle = engine.updates.stager.idle._pool
+    assert not engine.manager.ledger._scratch[Tier.HOST] and not (idle.leased if idle else 0)
+    optimizer.close()
