@@ -1,4 +1,4 @@
-"""The import rule of docs/design: who may import whom, and what must not import torch."""
+"""The import rule of docs/architecture.md: who may import whom, and what must not import torch."""
 
 from __future__ import annotations
 
