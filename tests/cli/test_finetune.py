@@ -191,6 +191,16 @@ def test_bad_input_is_one_clear_error(folder: Path, tmp_path: Path, arguments, d
     assert "error:" in done.stdout and wanted in done.stdout and "Traceback" not in done.stderr + done.stdout
 
 
+def test_a_plan_that_does_not_fit_leaves_no_folder(folder: Path, tmp_path: Path) -> None:
+    small = config(tmp_path / "c.json", tierflow={"device_memory": "8KB", "host_memory": "8KB"})
+    done = run(folder, tmp_path / "out", "--steps", "3", "--config", small)
+    assert done.returncode == 1 and "does not fit" in done.stdout and "device_memory" in done.stdout
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    assert run(folder, tmp_path / "out", "--steps", "3", "--config", small).returncode == 1
+    assert (tmp_path / "out").exists(), "it was the user's"
+
+
 def test_env_says_what_there_is() -> None:
     done = subprocess.run([sys.executable, "-m", "tierflow", "env"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0

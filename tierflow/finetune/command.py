@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,9 +80,8 @@ def prepare(options: Options, console: Console) -> Run:
     scored = load_tokens(options.eval_data, tokenizer)
     micro, accumulation = config.train_micro_batch_size_per_gpu or 1, config.gradient_accumulation_steps or 1
     batches = Batches(sequences, micro, accumulation, options.seed)
-    options.output.mkdir(parents=True, exist_ok=True)
     before = peak_rss()
-    with console.status("streaming weights to their tiers"):
+    with _made(options.output), console.status("streaming weights to their tiers"):
         swap = [str(folder) for folder in options.swap]
         model, optimizer = load(AutoModelForCausalLM, options.model, config, nvme_path=swap, owned_loop=True)
     total = options.steps or batches.steps_for(options.epochs)
@@ -89,6 +89,20 @@ def prepare(options: Options, console: Console) -> Run:
     engine = TrainingEngine(model, optimizer, config)
     trainer = Trainer(engine, batches, options, total, Meter(optimizer.engine), learning_rate)
     return Run(options, config, tokenizer, trainer, scored, before)
+
+
+@contextlib.contextmanager
+def _made(output: Path) -> Iterator[None]:
+    """The folder for what is trained, which must be writable; if it is new and the body fails, it goes again."""
+    new = not output.exists()
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for folder in (output / "swap", output) if new else ():
+            with contextlib.suppress(OSError):  # it holds something
+                folder.rmdir()
+        raise
 
 
 def effective_config(options: Options) -> Config:
