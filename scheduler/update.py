@@ -300,7 +300,7 @@ class UpdateQueue:
         if sum(not piece.borrowed for piece in pieces) + foreseen < self.depth:
             return True
         need = self._most(unit)
-        more = not self._landing and self._free() >= need  # else it serves copies of weights
+        more = self._may_wait and not self._landing and self._free() >= need  # else it serves copies of weights
         return more or self.stager.idle.offers(need)
 
     def _most(self, unit: Unit) -> int:
