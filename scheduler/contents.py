@@ -26,7 +26,7 @@ def read_bytes(manager: Manager, unit: Unit, kind: Kind, begin: int, end: int, v
 
 def write_bytes(manager: Manager, unit: Unit, kind: Kind, begin: int, data: torch.Tensor, victims: Victims) -> None:
     """Replaces bytes of the home; the caller answers for other copies (``Manager.wrote``)."""
-    manager.reclaim()  # states that were read ahead may be these
+    manager.reclaim()  # states that were read ahead, which go first, may be these
     for chunk, first, low, high in _parts(unit, kind, begin, begin + data.nbytes):
         _write_part(manager, chunk, low - first, data[low - begin : high - begin], victims)
 

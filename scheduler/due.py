@@ -57,7 +57,7 @@ class DueUpdates:
         if self.speculation is not None and backward:
             self.run(self.speculation.advance)
         if self.queue:
-            self.run(lambda: self.queue.advance(may_wait=not backward))
+            self.run(lambda: self.queue.advance(states_may_wait=not backward))
         if backward and self.deferred and self._read_ahead and self._recorder.learned and not speculating:
             self.run(lambda: self.queue.foresee(self._in_order_of_use))
 
@@ -134,4 +134,4 @@ class DueUpdates:
         for job in jobs:
             if not job.ended:
                 self._binder.shut(job.unit)
-        self.run(lambda: self.queue.advance(may_wait=True))
+        self.run(lambda: self.queue.advance(states_may_wait=True))

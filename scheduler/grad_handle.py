@@ -155,10 +155,11 @@ def _on_memory(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _one_by_one(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A function of lists, item by item: there may not be room for all at once."""
+    count = next(len(a) for a in (*args, *kwargs.values()) if isinstance(a, (list, tuple)))
+
     def item(value: Any, i: int) -> Any:
         return [value[i]] if isinstance(value, (list, tuple)) and len(value) == count else value
 
-    count = next(len(a) for a in (*args, *kwargs.values()) if isinstance(a, (list, tuple)))
     found: list[Any] = []
     for i in range(count):
         result = func(*(item(a, i) for a in args), **{k: item(a, i) for k, a in kwargs.items()})

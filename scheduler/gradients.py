@@ -250,7 +250,7 @@ class GradSlot:
         self.context.arrived(self)
 
 
-class Watched:
+class WatchedGradients:
     """One unit's gradients, and whether anybody has them still. Made while nobody has."""
 
     def __init__(self, slots: list[GradSlot]):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tierflow.scheduler.gradients import GradSlot, Watched
+from tierflow.scheduler.gradients import GradSlot, WatchedGradients
 from tierflow.scheduler.units import Unit
 from tierflow.swap import CapacityError, DebugMemory, Lease, Pool
 
@@ -24,7 +24,7 @@ class IdleGradients:
     def __init__(self, debug: DebugMemory | None = None):
         self._debug = debug
         self._pool: Pool | None = None
-        self._memory: dict[int, tuple[Lease, Watched]] = {}
+        self._memory: dict[int, tuple[Lease, WatchedGradients]] = {}
         self._rested: list[int] = []  # updated, in this order, and not lent yet
         self._lent: set[int] = set()
         self._closed = False
@@ -32,7 +32,7 @@ class IdleGradients:
     def register(self, unit: Unit, memory: Lease, slots: list[GradSlot]) -> None:
         """The unit's gradients are in ``memory``, of which only ``slots`` know."""
         self._pool = self._pool or Pool("host (idle gradients)", memory.pool.arena, 0, 0, self._debug)
-        self._memory[unit.index] = memory, Watched(slots)
+        self._memory[unit.index] = memory, WatchedGradients(slots)
 
     def rest(self, unit: Unit) -> None:
         """The unit's update has run: nobody needs its gradient."""

@@ -11,6 +11,9 @@ from tierflow.scheduler.units import Unit
 from tierflow.swap import CapacityError, Chunk, Tier
 from tierflow.swap.lanes import finish
 
+#: Pieces of the step to come that are being read at once: the backward's weights wait behind them.
+FORESEEN_AT_ONCE = 2
+
 
 class ReadAhead:
     """``cut``: spans of a job's elements, a piece each; ``free``: bytes of HOST that may be taken."""
@@ -18,6 +21,7 @@ class ReadAhead:
     def __init__(self, stager: Stager, cut: Callable[[Job, bool], list[tuple[int, int]]], free: Callable[[], int]):
         self._stager, self._cut, self._free = stager, cut, free
         self._pieces: dict[tuple[int, int, int], Piece] = {}  # by unit, begin, end
+        self._to_come: Iterator[Piece] | None = None  # of the step to come, those not looked at; None before the first
         self.forgotten = 0  # bytes that were read for nothing
 
     def __len__(self) -> int:
@@ -36,13 +40,23 @@ class ReadAhead:
 
     def read(self, job: Job) -> bool:
         """Starts reading what the job is to update; False if there is no room for all of it."""
-        return all(self.start(Piece(job, *span)) for span in self._cut(job, False))
+        return all(self._start(Piece(job, *span)) for span in self._cut(job, False))
 
-    def to_come(self, job: Job) -> Iterator[Piece]:
-        """The pieces that may have to be read for a job of a step that has not come."""
-        return (Piece(job, *span) for span in self._cut(job, True))
+    def foresee(self, jobs: Callable[[], Iterator[Job]]) -> None:
+        """Starts reading, a little at once, what jobs of the step to come may have to update, until there is no room."""
+        if self._to_come is None:
+            self._to_come = (Piece(job, *span) for job in jobs() for span in self._cut(job, True))
+        while self.arriving() < FORESEEN_AT_ONCE:
+            piece = next(self._to_come, None)
+            if piece is None or not self._start(piece, borrow=False):  # it outlives the backward, idle memory does not
+                self._to_come = iter(())
+                return
 
-    def start(self, piece: Piece, borrow: bool = True) -> bool:
+    def step_came(self) -> None:
+        """What is foreseen from now on is for another step."""
+        self._to_come = None
+
+    def _start(self, piece: Piece, borrow: bool = True) -> bool:
         """Starts reading, unless that was done; False if there is no room. ``borrow``: memory of idle gradients will do."""
         key = piece.job.unit.index, piece.begin, piece.end
         if key in self._pieces:
@@ -67,6 +81,8 @@ class ReadAhead:
 
     def forget(self, unit: Unit | None) -> bool:
         """Gives back what was read (for one unit), once nothing writes there any more; False if nothing was."""
+        if unit is None and self._to_come is not None:  # what is needed first is gone, and its memory wanted
+            self._to_come = iter(())
         keys = [key for key in self._pieces if unit is None or key[0] == unit.index]
         for key in keys:
             piece = self._pieces.pop(key)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tierflow.scheduler.gradients import GradSlot, Watched
+from tierflow.scheduler.gradients import GradSlot, WatchedGradients
 from tierflow.scheduler.units import Unit
 from tierflow.swap import CapacityError, Chunk, Kind, Manager, PagedMemory, Tier, paged_bytes
 
@@ -23,7 +23,7 @@ class _Gradients:
     """One unit's. ``stored``: of what NVMe has, how often they had changed; ``held``: by how many they must stay."""
 
     chunk: Chunk
-    watched: Watched
+    watched: WatchedGradients
     stored: int = -1
     held: int = 0
 
@@ -70,7 +70,7 @@ class SpilledGradients:
     ):
         chunks = {u.index: u.chunks[Kind.GRAD] for u in units if u.trainable and manager.home(u.chunks[Kind.GRAD]) is Tier.NVME}
         self._memory = PagedMemory(manager, list(chunks.values()))
-        self._units = {index: _Gradients(chunk, Watched([])) for index, chunk in chunks.items()}
+        self._units = {index: _Gradients(chunk, WatchedGradients([])) for index, chunk in chunks.items()}
         self._largest = max((g.nbytes for g in self._units.values()), default=0)
         self._window, self._due, self._rest = window, due, rest
         self._here: OrderedDict[int, _Gradients] = OrderedDict()  # the least recently used first
@@ -88,7 +88,7 @@ class SpilledGradients:
 
     def register(self, unit: Unit, slots: list[GradSlot]) -> None:
         """The unit's gradients are those of ``slots``."""
-        self._units[unit.index].watched = Watched(slots)
+        self._units[unit.index].watched = WatchedGradients(slots)
 
     def here(self, unit: Unit) -> bool:
         """Whether the unit's gradients are in memory."""

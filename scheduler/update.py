@@ -30,8 +30,6 @@ VictimsBeyond = Callable[[Unit | None], Victims]
 #: Pieces whose states are read before their weights have room: what keeps the drive busy. More would only stand before
 #: reads that somebody waits for.
 AHEAD_OF_WEIGHTS = 8
-#: Pieces of the step to come that are being read at once: the backward's weights wait behind them.
-FORESEEN_AT_ONCE = 2
 
 
 class UpdateQueue:
@@ -56,17 +54,15 @@ class UpdateQueue:
         self._computing: deque[Piece] = deque()
         self._writing = WriteBehind(stager, self._room_to_read, self._weights_written, self._ended)
         self._resting = False
-        self._may_wait = False  # new states, for their write
-        self._to_come: Iterator[Piece] | None = None
+        self._states_may_wait = False  # for their write, with memory to spare
         self.ahead = ReadAhead(stager, self._cut, self._free)
-        self._manager.reclaim = self.reclaim
         self._manager.on_lost = self._lost
 
     # ---- what is due
 
     def add(self, jobs: list[Job]) -> None:
         """Queues jobs in the order in which they are needed."""
-        self._to_come = None
+        self.ahead.step_came()
         for job in jobs:
             self.end(job.unit)
             self._jobs[job.unit.index] = job
@@ -95,21 +91,14 @@ class UpdateQueue:
 
         Of the step to come nothing is known yet but that it reads these bytes.
         """
-        if self._jobs:
-            return
-        if self._to_come is None:
-            self._to_come = self._pieces_to_come(units())
-        while self.ahead.arriving() < FORESEEN_AT_ONCE:
-            piece = next(self._to_come, None)
-            if piece is None or not self.ahead.start(piece, borrow=False):  # it outlives the backward, idle memory does not
-                self._to_come = iter(())
-                return
+        if not self._jobs:
+            self.ahead.foresee(lambda: self._to_come(units()))
 
-    def _pieces_to_come(self, units: Iterable[Unit]) -> Iterator[Piece]:
+    def _to_come(self, units: Iterable[Unit]) -> Iterator[Job]:
         for unit in units:
             tier = self._tier_of_use(unit)
             if tier is not None and self.stager.streams(unit) and not self.stager.spilled(unit):  # its gradient is to come
-                yield from self.ahead.to_come(foreseen(unit, tier))
+                yield foreseen(unit, tier)
 
     def _look_ahead(self) -> None:
         """Reads states of jobs whose weights have no room yet, so that the drive goes on meanwhile."""
@@ -127,19 +116,17 @@ class UpdateQueue:
         """Gives back what was read ahead (for one unit); False if nothing was."""
         for job in self._waiting:
             job.read_ahead = job.read_ahead and unit not in (None, job.unit)
-        if unit is None and self._to_come is not None:  # what is needed first is gone, and its memory wanted
-            self._to_come = iter(())
         return self.ahead.forget(unit)
 
     def reclaim(self) -> bool:
-        """Gives back memory that is not in use at this moment; False if there is none."""
+        """Gives back staging memory, of what was read ahead or else of a piece that is written for it; False if there is none."""
         return self.forget() or self._writing.end_oldest()
 
     # ---- progress
 
-    def advance(self, may_wait: bool = False) -> None:
-        """Goes as far as it can without waiting. ``may_wait``: new states, for their write, while memory is left."""
-        self._may_wait = may_wait
+    def advance(self, states_may_wait: bool = False) -> None:
+        """Goes as far as it can without waiting. ``states_may_wait``: new ones, for their write, while memory is left."""
+        self._states_may_wait = states_may_wait
         if not self._jobs:
             return
         progress = True
@@ -163,7 +150,7 @@ class UpdateQueue:
 
     def end(self, unit: Unit) -> None:
         """Until the unit's update has reached its home."""
-        self._may_wait = False
+        self._states_may_wait = False
         job = self._jobs.get(unit.index)
         if job is not None:
             self._first(job)
@@ -172,7 +159,7 @@ class UpdateQueue:
 
     def rest(self) -> None:
         """Until nothing is under way and nothing is held: somebody needs the memory."""
-        self._resting, self._may_wait = True, False
+        self._resting, self._states_may_wait = True, False
         self.forget()
         try:
             while any(job.begun for job in self._jobs.values()):
@@ -182,7 +169,7 @@ class UpdateQueue:
 
     def settle(self) -> None:
         """Until nothing is due and nothing is under way."""
-        self._may_wait = False
+        self._states_may_wait = False
         for job in self._waiting:
             if not job.begun:
                 job.whole = False
@@ -253,8 +240,7 @@ class UpdateQueue:
         began = time.perf_counter()
         finish_all(piece.reads)
         self._manager.fetches.settle_chunk(piece.job.unit.chunk)
-        self._manager.traffic.wait_read += time.perf_counter() - began
-        self._manager.timeline.wait(Lane.READ, f"{piece.job.unit.label} states", began)
+        self._manager.waited(Lane.READ, f"{piece.job.unit.label} states", began)
 
     def _wait_kernel(self, piece: Piece) -> None:
         began = time.perf_counter()
@@ -295,12 +281,14 @@ class UpdateQueue:
         return True
 
     def _room_for(self, unit: Unit, foreseen: int = 0) -> bool:
-        """Whether one more piece of the unit may be staged: within the depth, or in memory that idles."""
+        """Whether one more piece of the unit may be staged: within the depth, in memory that nobody has while states wait
+        for their write, or in memory that idles.
+        """
         pieces = (*self._reading, *self._computing, *self._writing)
         if sum(not piece.borrowed for piece in pieces) + foreseen < self.depth:
             return True
         need = self._most(unit)
-        more = self._may_wait and not self._landing and self._free() >= need  # else it serves copies of weights
+        more = self._states_may_wait and not self._landing and self._free() >= need  # that serves copies of weights
         return more or self.stager.idle.offers(need)
 
     def _most(self, unit: Unit) -> int:
@@ -313,7 +301,7 @@ class UpdateQueue:
 
     def _room_to_read(self) -> int | None:
         """How many pieces are being read, or could be; None if that is no reason for anything to wait."""
-        if not (self._may_wait and self._waiting):
+        if not (self._states_may_wait and self._waiting):
             return None
         need = self._most(self._waiting[0].unit)
         free = self._free() if self._manager.pools[Tier.HOST].working.largest >= need else 0

@@ -7,7 +7,6 @@ room for what is to be read, and go to the drive behind the backward. Weights go
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Iterator
 
@@ -50,6 +49,7 @@ class WriteBehind:
             self._send(piece)
 
     def _may_wait(self, piece: Piece) -> bool:
+        """Whether the write of the piece's states can be late, and there is one."""
         job = piece.job
         if job.speculative:  # once the update counts, what is not under way would go to the wrong slot
             return False
@@ -62,7 +62,7 @@ class WriteBehind:
         self._stager.write_states(piece)
 
     def send(self) -> None:
-        """Starts the writes whose memory is needed; what ``retire`` could end is taken for ended."""
+        """Starts the writes whose memory is needed. Called behind ``retire``, so that what was sent is under way."""
         unsent = [piece for piece in self._pieces if not piece.sent]
         under_way = len(self._pieces) - len(unsent)
         for sent, piece in enumerate(unsent):
@@ -89,8 +89,9 @@ class WriteBehind:
         if homing is None:
             self._wait_for(self._pieces[0])
             return
-        with self._waiting(homing):
-            self._weights_written(homing)
+        began = time.perf_counter()
+        self._weights_written(homing)
+        self._waited(homing, began)
 
     def end_oldest(self) -> bool:
         """Gives the memory of one piece back, once it is written; False if there is none."""
@@ -110,17 +111,14 @@ class WriteBehind:
             if piece.sent and sum(p.sent for p in self._pieces) >= AT_ONCE:
                 break
             self._send(other)
-        with self._waiting(piece):
-            if piece.weights:
-                self._weights_written(piece)
-            self._ended(piece)
+        began = time.perf_counter()
+        if piece.weights:
+            self._weights_written(piece)
+        self._ended(piece)
+        self._waited(piece, began)
 
-    @contextlib.contextmanager
-    def _waiting(self, piece: Piece) -> Iterator[None]:
-        manager, began = self._stager.manager, time.perf_counter()
-        yield
-        manager.traffic.wait_write += time.perf_counter() - began
-        manager.timeline.wait(Lane.WRITE, f"{piece.job.unit.label} states", began)
+    def _waited(self, piece: Piece, began: float) -> None:
+        self._stager.manager.waited(Lane.WRITE, f"{piece.job.unit.label} states", began)
 
     def _weights_written(self, piece: Piece) -> None:
         finish_all(piece.weights)

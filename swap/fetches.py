@@ -168,11 +168,10 @@ class Fetches:
             self._abort(fetch)
             raise
         fetch.read = None
-        self._timeline.wait(Lane.READ, self._timeline.name(fetch.chunk.id), began)
+        self._manager.waited(Lane.READ, self._timeline.name(fetch.chunk.id), began)
         self._ledger.apply(fetch.chunk, fetch.landing, Event.END_FILL)
         if fetch.target is not fetch.landing:
             self._pin_host(fetch)
-        self._manager.traffic.wait_read += time.perf_counter() - began
 
     def _fill(self, fetch: Fetch) -> None:
         chunk, began = fetch.chunk, time.perf_counter()

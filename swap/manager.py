@@ -7,6 +7,7 @@ ordered list of victims, and what to bring up comes as calls of ``fetches.start`
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -60,7 +61,7 @@ class Manager:
     observer: Callable[[], None] = lambda: None  # called after memory changed hands
     on_lost: Callable[[Chunk], None] = lambda chunk: None  # the fetch of a copy to be held failed: nothing is held
     timeline: Timeline = field(default_factory=Timeline)
-    reclaim: Callable[[], bool] = lambda: False  # gives back HOST memory that can wait; False if there is none
+    reclaim: Callable[[], bool] = lambda: False  # gives back HOST memory whose holder can do without; False if there is none
 
     def __post_init__(self) -> None:
         self._leases: dict[tuple[int, Tier], Lease] = {}
@@ -131,6 +132,15 @@ class Manager:
         self.timeline.follow(Lane.WRITE, self.timeline.name(chunk.id), ticket.times, src.nbytes)
         return ticket
 
+    def waited(self, lane: Lane, name: str, began: float) -> None:
+        """The calling thread waited for READ or WRITE, for what ``name`` says, from ``began`` to now."""
+        seconds = time.perf_counter() - began
+        if lane is Lane.READ:
+            self.traffic.wait_read += seconds
+        else:
+            self.traffic.wait_write += seconds
+        self.timeline.wait(lane, name, began)
+
     # ---- staging memory
 
     def scratch(self, tier: Tier, nbytes: int, victims: Victims, wait: bool = True) -> Lease:
@@ -152,9 +162,8 @@ class Manager:
         """``demand``: it is needed now, so what was taken ahead of use gives way. Raises CapacityError."""
         pool = self.pools[tier].working
         nbytes = -(-nbytes // IO_BYTES) * IO_BYTES
-        ways = [self.fetches.give_way, lambda: self._compact(tier, nbytes)] if demand else []
-        if demand and tier is Tier.HOST:
-            ways.insert(0, self.reclaim)
+        reclaim = [self.reclaim] if tier is Tier.HOST else []
+        ways = [*reclaim, self.fetches.give_way, lambda: self._compact(tier, nbytes)] if demand else []
         while True:
             with contextlib.suppress(CapacityError):
                 return pool.lease(nbytes)

@@ -52,7 +52,7 @@ class PagedMemory:
             if read:
                 began = time.perf_counter()
                 finish(self._manager.read(chunk, self.bytes(chunk)))
-                self._waited(Lane.READ, chunk, began)
+                self._manager.waited(Lane.READ, self._manager.timeline.name(chunk.id), began)
         except BaseException:
             self._ledger.apply(chunk, Tier.HOST, Event.ABORT_FILL)
             self._vacate(chunk)
@@ -77,7 +77,7 @@ class PagedMemory:
             self._ledger.apply(chunk, Tier.NVME, Event.ABORT_FILL)
             raise
         self._ledger.apply(chunk, Tier.NVME, Event.END_FILL)
-        self._waited(Lane.WRITE, chunk, began)
+        self._manager.waited(Lane.WRITE, self._manager.timeline.name(chunk.id), began)
 
     def drop(self, chunk: Chunk) -> None:
         """Gives the pages back. What was not written is lost."""
@@ -90,13 +90,6 @@ class PagedMemory:
         self._ledger.apply(chunk, Tier.HOST, Event.EVICT)
         self._arena.discard(self._offsets[chunk.id], paged_bytes(chunk.nbytes))
         self._manager.observer()
-
-    def _waited(self, lane: Lane, chunk: Chunk, began: float) -> None:
-        if lane is Lane.READ:
-            self._manager.traffic.wait_read += time.perf_counter() - began
-        else:
-            self._manager.traffic.wait_write += time.perf_counter() - began
-        self._manager.timeline.wait(lane, self._manager.timeline.name(chunk.id), began)
 
     def close(self) -> None:
         """Ends the writes and gives the memory back; errors of writes that nobody waits for are dropped."""

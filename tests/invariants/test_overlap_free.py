@@ -197,6 +197,7 @@ def run_case(path: Path, case: dict) -> int:
             return lambda tier: [c for c in everything if manager.ledger.state(c, tier) is not CopyState.ABSENT]
 
         queue = UpdateQueue(stager, piece_elements, case["depth"], victims)
+        manager.reclaim = queue.reclaim
         queue.add(jobs)
         for call, index in case["calls"]:
             unit = units[index % len(units)]

@@ -90,10 +90,11 @@ def update_of(unit: str, pieces: int, weights: bool = True, slot: str = "", kept
     written instead, last.
     """
     states = ["exp_avg", "exp_avg_sq"]
+    written = [*states, "param"] if kept else ["param", *states] if weights else states
     return [
         *(f"read {unit} {kind}" for kind in states),
         f"kernel {unit}",
-        *(f"write {unit} {kind}{slot}" for kind in (*(["param"] if weights and not kept else []), *states, *(["param"] if kept else []))),
+        *(f"write {unit} {kind}{slot}" for kind in written),
     ] * pieces
 
 

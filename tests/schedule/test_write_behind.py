@@ -15,7 +15,7 @@ from outcome import Stack, states_of
 from slow import SlowStore
 
 import tierflow
-from tierflow.scheduler.update import FORESEEN_AT_ONCE
+from tierflow.scheduler.read_ahead import FORESEEN_AT_ONCE
 from tierflow.swap import Kind, Tier
 
 LAYERS, WIDTH = 40, 64
@@ -23,13 +23,18 @@ UNIT = 4 * 6144  #: of weights; a layer's update is one piece
 PIECE = 3 * UNIT
 
 
+def offloaded(path: Path, model: Stack, device: int, host: int, **block: str) -> Any:
+    """The optimizer of a model with everything on NVMe, under these caps in bytes; clipping bites."""
+    caps = {"device_memory": str(device), "host_memory": str(host)}
+    _, optimizer = tierflow.offload(model, tiny.config("everything", path, clip=1e-3, update="deferred", **caps, **block))
+    return optimizer
+
+
 @contextmanager
-def trained(path: Path, pieces: int, layers: int = LAYERS) -> Iterator[tuple[Stack, Any]]:
-    """With everything on NVMe, room for three layers on the device, and for all gradients and ``pieces`` in host memory."""
-    model = Stack(layers, WIDTH)
-    caps = {"device_memory": 3 * UNIT, "host_memory": layers * UNIT + pieces * PIECE}
-    config = tiny.config("everything", path, clip=1e-3, update="deferred", **{name: str(n) for name, n in caps.items()})
-    _, optimizer = tierflow.offload(model, config)
+def trained(path: Path, pieces: int) -> Iterator[tuple[Stack, Any]]:
+    """With room for three layers on the device, and for all gradients and ``pieces`` in host memory."""
+    model = Stack(LAYERS, WIDTH)
+    optimizer = offloaded(path, model, 3 * UNIT, LAYERS * UNIT + pieces * PIECE)
     try:
         for number in range(3):
             step(model, optimizer, number)
@@ -45,7 +50,7 @@ def step(model: Stack, optimizer: Any, number: int) -> None:
 
 
 def written_by(engine: Any) -> Counter[bool]:
-    """Units' worth of bytes whose write was started since: True for weights, False for states."""
+    """Bytes whose write was started since: True for weights, False for states."""
     found, write = Counter[bool](), engine.manager.write
 
     def noted(chunk: Any, data: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -105,9 +110,7 @@ def test_what_waits_gives_way_to_what_is_asked_for(tmp_path: Path, frozen: int, 
     """Between steps all staging memory may hold states that wait; a weight that was never updated needs some of it."""
     model = Stack(10, WIDTH)
     model.layers[frozen].requires_grad_(False)
-    caps = {"device_memory": 8 * UNIT, "host_memory": 9 * UNIT + pieces * PIECE}
-    config = tiny.config("everything", tmp_path, clip=1e-3, update="deferred", **{name: str(n) for name, n in caps.items()})
-    _, optimizer = tierflow.offload(model, config)
+    optimizer = offloaded(tmp_path, model, 8 * UNIT, 9 * UNIT + pieces * PIECE)
     weight = model.layers[frozen].weight
     for number in range(4):
         step(model, optimizer, number)
@@ -123,9 +126,7 @@ def test_what_waits_gives_way_to_what_is_asked_for(tmp_path: Path, frozen: int, 
 def test_a_write_that_cannot_begin_leaves_nothing_behind(tmp_path: Path, gradients: str, kind: Kind) -> None:
     model = Stack(10, WIDTH)
     host = (10 * UNIT if gradients == "host" else 2 * UNIT) + 8 * PIECE
-    caps = {"device_memory": str(8 * UNIT), "host_memory": str(host)}
-    config = tiny.config("everything", tmp_path, clip=1e-3, update="deferred", **caps | {"gradients": gradients})
-    _, optimizer = tierflow.offload(model, config)
+    optimizer = offloaded(tmp_path, model, 8 * UNIT, host, gradients=gradients)
     step(model, optimizer, 0)
     engine = optimizer.engine
     engine.settle()

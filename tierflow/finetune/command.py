@@ -81,7 +81,7 @@ def prepare(options: Options, console: Console) -> Run:
     micro, accumulation = config.train_micro_batch_size_per_gpu or 1, config.gradient_accumulation_steps or 1
     batches = Batches(sequences, micro, accumulation, options.seed)
     before = peak_rss()
-    with _made(options.output), console.status("streaming weights to their tiers"):
+    with _output_folder(options), console.status("streaming weights to their tiers"):
         swap = [str(folder) for folder in options.swap]
         model, optimizer = load(AutoModelForCausalLM, options.model, config, nvme_path=swap, owned_loop=True)
     total = options.steps or batches.steps_for(options.epochs)
@@ -92,14 +92,15 @@ def prepare(options: Options, console: Console) -> Run:
 
 
 @contextlib.contextmanager
-def _made(output: Path) -> Iterator[None]:
-    """The folder for what is trained, which must be writable; if it is new and the body fails, it goes again."""
-    new = not output.exists()
-    output.mkdir(parents=True, exist_ok=True)
+def _output_folder(options: Options) -> Iterator[None]:
+    """Makes the folder for what is trained, before the work; if it is new and the body fails, it goes again."""
+    new = not options.output.exists()
+    options.output.mkdir(parents=True, exist_ok=True)
     try:
         yield
     except BaseException:
-        for folder in (output / "swap", output) if new else ():
+        within = [folder for folder in options.swap if options.output in folder.parents]
+        for folder in (*within, options.output) if new else ():
             with contextlib.suppress(OSError):  # it holds something
                 folder.rmdir()
         raise
