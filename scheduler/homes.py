@@ -65,6 +65,10 @@ class Homes:
         """Units whose weights come and go."""
         return [u for u in units if self.of(u, Kind.PARAM) is not Tier.DEVICE]
 
+    def from_nvme(self, units: list[Unit]) -> list[Unit]:
+        """Units whose weights come from NVMe."""
+        return [u for u in units if self.of(u, Kind.PARAM) is Tier.NVME]
+
     def resident(self, units: list[Unit]) -> dict[tuple[Tier, Kind], int]:
         """Bytes of every (tier, kind)."""
         table: dict[tuple[Tier, Kind], int] = {}
@@ -89,19 +93,17 @@ def choose_homes(
         good = needs.device_good if tier is Tier.DEVICE else needs.host_good
         return caps.of(tier) - _stay(homes, units, tier) - good
 
-    for unit in homes.streamed(first):
-        before = homes.tiers[unit.index, Kind.PARAM]
-        homes.tiers[unit.index, Kind.PARAM] = Tier.DEVICE
-        if room(Tier.DEVICE) < 0:
-            homes.tiers[unit.index, Kind.PARAM] = before
+    def weights_to(tier: Tier, slower: list[Unit]) -> None:
+        _fill(homes, [[(u.index, Kind.PARAM)] for u in slower], tier, partial(room, tier))
+
+    weights_to(Tier.DEVICE, homes.streamed(first))
     _spill_gradients(homes, first, placement, caps, together)
-    for unit in first:
-        if homes.tiers[unit.index, Kind.PARAM] is Tier.NVME and unit.chunk.nbytes <= room(Tier.HOST):
-            homes.tiers[unit.index, Kind.PARAM] = Tier.HOST
+    weights_to(Tier.HOST, homes.from_nvme(first))
     on_device = () if homes.streamed(units) else (Tier.HOST, Tier.NVME) if placement.device_is_host else (Tier.NVME,)
     turns = [(Tier.DEVICE, on_device), (Tier.HOST, (Tier.NVME,))]
     for tier, slower in turns if placement.device_is_host else reversed(turns):
         _fill_with_states(homes, first, tier, slower, partial(room, tier))
+    weights_to(Tier.HOST, homes.from_nvme(first))  # no update may need room on its way any more
     return homes
 
 
@@ -126,22 +128,28 @@ def _spill_gradients(homes: Homes, units: list[Unit], placement: Placement, caps
 
 def _fill_with_states(homes: Homes, units: list[Unit], tier: Tier, slower: Collection[Tier], room: Callable[[], int]) -> None:
     """Moves what lives in ``slower`` tiers: units in order as they fit, then a part of the first that did not."""
-    cut: Unit | None = None
-    for unit in units:
-        if homes.of_states(unit) not in slower:
-            continue
-        if sum(homes.bytes_in(unit, chunk.kind, homes.of(unit, chunk.kind)) for chunk in unit.states) <= room():
-            homes.tiers.update({(unit.index, chunk.kind): tier for chunk in unit.states})
-        elif cut is None:
-            cut = unit
-    if cut is None:
-        return
-    ahead = homes.ahead.get(cut.index, {})
-    part = room() // sum(chunk.bytes_of(cut.grain) for chunk in cut.states) * cut.grain
-    if part >= cut.chunk.numel - sum(ahead.values()):  # units after it need no room to be staged any more
-        homes.tiers.update({(cut.index, chunk.kind): tier for chunk in cut.states})
-    elif part > 0:
-        homes.ahead[cut.index] = ahead | {tier: part}
+
+    def left() -> list[Unit]:
+        return [u for u in units if homes.of_states(u) in slower]
+
+    _fill(homes, [[(u.index, chunk.kind) for chunk in u.states] for u in left()], tier, room)
+    for cut in left()[:1]:
+        part = room() // sum(chunk.bytes_of(cut.grain) for chunk in cut.states) * cut.grain
+        if part > 0:
+            homes.ahead[cut.index] = homes.ahead.get(cut.index, {}) | {tier: part}
+
+
+def _fill(homes: Homes, items: list[list[tuple[int, Kind]]], tier: Tier, room: Callable[[], int]) -> None:
+    """Gives all items a faster home, or else those that fit one after the other.
+
+    There may be room for all and not for all but one: what still comes and goes needs room on its way.
+    """
+    everything = [chunk for item in items for chunk in item]
+    for chunks in (everything, *items):
+        before = {chunk: homes.tiers[chunk] for chunk in chunks}
+        homes.tiers.update(dict.fromkeys(chunks, tier))
+        if room() < 0:
+            homes.tiers.update(before)
 
 
 def create_chunks(manager: Manager, units: list[Unit], homes: Homes) -> None:
@@ -157,9 +165,8 @@ def create_chunks(manager: Manager, units: list[Unit], homes: Homes) -> None:
 def needs_of(homes: Homes, units: list[Unit], placement: Placement, together: Together) -> Needs:
     """Working memory for what the homes leave to be moved."""
     streamed = homes.streamed(units)
-    on_nvme = [u for u in streamed if homes.of(u, Kind.PARAM) is Tier.NVME]
     staged = [u for u in units if u.trainable and _stages(homes, u, placement)]
-    return working_needs(placement, together, streamed, on_nvme, staged, {u.index for u in homes.spilled(units)})
+    return working_needs(placement, together, streamed, homes.from_nvme(units), staged, {u.index for u in homes.spilled(units)})
 
 
 def _stages(homes: Homes, unit: Unit, placement: Placement) -> bool:

@@ -20,6 +20,7 @@ import tierflow
 from tierflow.config import ConfigError, load_config
 from tierflow.cpu_adam import CPUAdagrad, CPUAdamW, CPULion
 from tierflow.offloading import make_run
+from tierflow.scheduler import placement
 from tierflow.swap import DebugMemory, Kind, Tier
 from tierflow.weights import WeightsError
 
@@ -37,12 +38,12 @@ WIDTH = 261
 
 
 class Net(nn.Module):
-    """Matrices beside norms and biases, which stay exact; a layer of the four is frozen."""
+    """Matrices beside norms and biases, which stay exact; a layer is frozen."""
 
-    def __init__(self, dtype: torch.dtype):
+    def __init__(self, dtype: torch.dtype, layers: int = 4):
         super().__init__()
         torch.manual_seed(4)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)) for _ in range(4))
+        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)) for _ in range(layers))
         self.blocks[1].requires_grad_(False)
         self.to(dtype)
 
@@ -64,11 +65,17 @@ def config(path: Path, place: str, case: tuple, accumulation: int = 1, clip: flo
     return made | {"data_types": {"grad_accum_dtype": {F32: "fp32", BF16: "bf16", F16: "fp16"}[dtype]}}
 
 
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else all of the states could be staged at once, and there would be room for none of them or for all."""
+    monkeypatch.setattr(placement, "PIECE_ELEMENTS", 1 << 12)
+
+
 def caps_for(place: str, case: tuple, path: Path) -> dict[str, Any]:
     """So little memory that what is on NVMe comes and goes; for "split" so much that it cuts a unit's states in two."""
     if place in ("device", "host"):
         return {}
-    model = Net(case[2])
+    model = net(case)
     top = {name: value for name, value in config(path, place, case).items() if name in ("optimizer", "data_types")}
     found = tiny.tight(model, {"split": "nvme"}.get(place, place), direct=False, top=top, optimizer_state=case[1])
     trained = {id(p) for p in model.parameters() if p.requires_grad}
@@ -80,11 +87,16 @@ def caps_for(place: str, case: tuple, path: Path) -> dict[str, Any]:
     return found  # of a format with large grains HOST takes a unit's states whole, and DEVICE alone has a part
 
 
+def net(case: tuple) -> Net:
+    """With more states than the staging of two of the smallest pieces takes: else all of them live in memory."""
+    return Net(case[2], layers=16 if case[1:] == ("int8", F32) else 4)
+
+
 class Run:
     """A run under tierflow, memory slots at random and freed memory poisoned."""
 
     def __init__(self, path: Path, place: str, case: tuple, accumulation: int = 1, clip: float = 0.0, **block: Any):
-        self.model, self.accumulation = Net(case[2]), accumulation
+        self.model, self.accumulation = net(case), accumulation
         made = config(path, place, case, accumulation, clip, **(caps_for(place, case, path) | block))
         debug = DebugMemory(random.Random(1), through_host=True)
         self.engine = tierflow.initialize(self.model, made, debug_memory=debug)
@@ -108,8 +120,8 @@ class Run:
 @cache
 def plain(case: tuple, accumulation: int, steps: int = 4) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses, and every byte of weights and states, of the resident optimizer in a plain loop."""
-    kind, state, dtype = case
-    model = Net(dtype)
+    kind, state, _ = case
+    model = net(case)
     optimizer = CLASSES[kind](model.parameters(), lr=1e-3, weight_decay=0.1, state_format=state)
     losses = []
     for i in range(steps * accumulation):

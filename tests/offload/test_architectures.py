@@ -68,7 +68,7 @@ def test_activation_checkpointing(name: str, reentrant: bool, tmp_path) -> None:
         if reentrant:
             m.enable_input_require_grads()
     losses, expected = tiny.reference(plain, steps())
-    room = tiny.tight(model, slack=8.0, direct=False)["device_memory"]  # what is recomputed keeps its weights
-    got, weights, moved = tiny.offloaded(model, steps(), tmp_path, device_memory=room)
+    caps = tiny.tight(model, slack=8.0, direct=False)  # what is recomputed keeps its weights
+    got, weights, moved = tiny.offloaded(model, steps(), tmp_path, **caps)
     assert got == losses and moved.nvme_read and moved.nvme_written
     assert tiny.same(weights, expected)

@@ -18,7 +18,7 @@ from tierflow.swap import Tier
 
 def offloaded(path: Path, accumulation: int = 1, clip: float = 0.0, model: nn.Module | None = None, **fp16: Any):
     """An fp16 Stack with everything on NVMe, and its optimizer."""
-    model = Stack(layers=3, width=16) if model is None else model
+    model = Stack(layers=3, width=64) if model is None else model
     top = {"fp16": {"enabled": True} | fp16}
     config = tiny.config("everything", path, clip, accumulation, **tiny.tight(model, accumulation=accumulation, top=top))
     _, optimizer = tierflow.offload(model, config | top)
@@ -30,7 +30,7 @@ def scaled_gradients(
     model: Stack, seeds: list[int], scale: float, dtype: torch.dtype = torch.float32
 ) -> list[torch.Tensor]:
     """Sums in ``dtype`` of what plain torch's fp16 backward of the scaled loss gives, as fp32."""
-    plain = Stack(layers=3, width=16).half()
+    plain = Stack(layers=3, width=64).half()
     plain.load_state_dict({n: p.half() for n, p in tiny.weights(model).items()})
     sums = [torch.zeros(p.shape, dtype=dtype) for p in plain.parameters()]
     for seed in seeds:
@@ -187,7 +187,7 @@ def test_a_gradscaler_beside_the_block_is_refused(tmp_path: Path) -> None:
 def test_backward_without_the_block_is_plain(tmp_path: Path) -> None:
     runs = []
     for call in (lambda o, loss: o.backward(loss), lambda o, loss: loss.backward()):
-        model = Stack(layers=3, width=16)
+        model = Stack(layers=3, width=64)
         _, optimizer = tierflow.offload(model, tiny.config("everything", tmp_path, **tiny.tight(model)))
         call(optimizer, model(model.input()))
         optimizer.step()
@@ -239,8 +239,8 @@ def test_an_overflow_that_no_scale_can_cure_raises(tmp_path: Path, fp16: dict[st
 def test_what_the_block_casts(tmp_path: Path) -> None:
     class Reads(Stack):
         def __init__(self) -> None:
-            super().__init__(layers=2, width=8)
-            self.register_buffer("shift", torch.ones(8))
+            super().__init__(layers=2, width=64)
+            self.register_buffer("shift", torch.ones(64))
 
         def forward(self, x: torch.Tensor, *, more: dict[str, torch.Tensor]) -> torch.Tensor:
             assert x.dtype == more["y"].dtype == self.shift.dtype == torch.float16 and more["ids"].dtype == torch.int64
@@ -249,8 +249,8 @@ def test_what_the_block_casts(tmp_path: Path) -> None:
     model, optimizer = offloaded(tmp_path, model=Reads(), auto_cast=True)
     assert all(p.dtype == torch.float16 for p in model.parameters())
     assert {n.rsplit(".", 1)[1] for n in states_of(optimizer.engine)} == {"param", "master", "exp_avg", "exp_avg_sq"}
-    optimizer.backward(model(torch.randn(3, 8), more={"y": torch.randn(3, 8), "ids": torch.arange(3)}))
+    optimizer.backward(model(torch.randn(3, 64), more={"y": torch.randn(3, 64), "ids": torch.arange(3)}))
     optimizer.step()
     optimizer.close()
     with pytest.raises(AssertionError):  # the hook is gone
-        model(torch.randn(3, 8), more={"y": torch.randn(3, 8), "ids": torch.arange(3)})
+        model(torch.randn(3, 64), more={"y": torch.randn(3, 64), "ids": torch.arange(3)})

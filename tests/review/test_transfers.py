@@ -196,8 +196,8 @@ def test_what_comes_up_ahead_of_use_gives_way_to_what_is_needed_now(tmp_path) ->
 
 
 def test_a_hint_without_room_on_the_device_does_not_wait_and_ends_on_the_host(tmp_path) -> None:
-    model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(6)))
-    config = tiny.config("everything", tmp_path, device_memory="17KB", host_memory="200KB")
+    model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(12)))
+    config = tiny.config("everything", tmp_path, device_memory="17KB", host_memory="250KB")
     _, b = tierflow.offload(model, config, debug_memory=DebugMemory(random.Random(1), through_host=True))
     manager, units = b.engine.manager, b.engine.units
     for unit in units[0], units[2]:
@@ -232,9 +232,9 @@ def test_weights_written_while_a_prefetch_reads_them_are_what_is_used(tmp_path) 
 
 def test_ctrl_c_ends_a_wait_and_not_before_the_transfer_has_left_its_memory(tmp_path) -> None:
     torch.manual_seed(2)
-    model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(3)))
+    model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(12)))
     plain = copy.deepcopy(model)
-    _, b = tierflow.offload(model, tiny.config("everything", tmp_path, device_memory="16KB", host_memory="130KB"))
+    _, b = tierflow.offload(model, tiny.config("everything", tmp_path, device_memory="16KB", host_memory="205KB"))
     manager = b.engine.manager
     read = manager.read
     made = late_reads(b.engine, interrupts=1)
@@ -253,8 +253,8 @@ def test_ctrl_c_ends_a_wait_and_not_before_the_transfer_has_left_its_memory(tmp_
 
 
 def test_a_store_that_takes_no_more_reads_leaks_nothing(tmp_path) -> None:
-    model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(3)))
-    _, b = tierflow.offload(model, tiny.config("everything", tmp_path, device_memory="16KB", host_memory="130KB"))
+    model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(12)))
+    _, b = tierflow.offload(model, tiny.config("everything", tmp_path, device_memory="16KB", host_memory="205KB"))
     manager, unit = b.engine.manager, b.engine.units[0]
     read, manager.read = manager.read, lambda *args, **kw: (_ for _ in ()).throw(OSError("no more reads"))
     with pytest.raises(OSError, match="no more"):

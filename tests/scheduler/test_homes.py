@@ -13,6 +13,7 @@ from outcome import states_of
 from torch import nn
 
 import tierflow
+from tierflow.scheduler import placement
 from tierflow.scheduler.homes import choose_homes, needs_of
 from tierflow.scheduler.placement import Caps, Placement, Together, kinds_of
 from tierflow.scheduler.units import (
@@ -85,6 +86,30 @@ def test_no_room_is_left_while_anything_is_slower(
         assert room[Tier.HOST] < grain + max(sum(chunk.nbytes for chunk in u.states) for u in units)
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 500), min_size=1, max_size=5), on_device=st.integers(0, 5), short=st.integers(-1, 4 * MB),
+    states=st.sampled_from(["fp32", "int8"]),
+)  # fmt: skip
+def test_nothing_is_on_nvme_where_memory_has_room_for_all(sizes: list[int], on_device: int, short: int, states: str) -> None:
+    """An update stages nothing then: room that only staging needs must not keep the last states out of memory."""
+    placement = Placement(Tier.NVME, Tier.NVME, states, gradients="host")
+    model = Blocks(sizes)
+    units = units_for(model, placement)
+    together = Together(units_together(model, units), units_of_blocks(model, units))
+    device = min(sum(sorted(u.chunk.nbytes for u in units)[-3:]), sum(u.chunk.nbytes for u in units[:on_device]))
+    order = list(range(len(units)))
+
+    def on_nvme(host: int) -> dict[Kind, int]:
+        homes = choose_homes(units, placement, Caps(device, host, 1 << 40), together, order)
+        return {kind: n for (tier, kind), n in homes.resident(units).items() if tier is Tier.NVME}
+
+    everything = sum(chunk.nbytes for u in units for chunk in u.chunks.values())
+    assert not on_nvme(everything)
+    found = [sum(on_nvme(everything - less).values()) for less in (0, short // 2, short)] if short > 0 else []
+    assert found == sorted(found)
+
+
 def test_a_part_ends_with_its_unit() -> None:
     """Small units that move after a large one was refused leave more room than it had then: here, more than it needs."""
     sizes = [(64, 64), (300, 16), (100, 600), (100, 300), (600, 16)]
@@ -99,7 +124,11 @@ def test_a_part_ends_with_its_unit() -> None:
 
 @pytest.mark.parametrize("update", ["immediate", "deferred"])
 @pytest.mark.parametrize("state_format", ["fp32", "int8"])
-def test_a_unit_whose_states_are_in_three_tiers_has_the_same_bits(tmp_path: Path, state_format: str, update: str) -> None:
+def test_a_unit_whose_states_are_in_three_tiers_has_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state_format: str, update: str
+) -> None:
+    monkeypatch.setattr(placement, "PIECE_ELEMENTS", 1 << 12)
+
     def run(place: str, **block: object) -> tuple[list[float], dict[str, torch.Tensor], list[set[Tier]], tuple[int, int]]:
         model = Blocks([1200])
         made = tiny.config(place, tmp_path, clip=0.05, optimizer_state=state_format, update=update, **block)
@@ -124,8 +153,9 @@ def test_a_unit_whose_states_are_in_three_tiers_has_the_same_bits(tmp_path: Path
     numel = 1200 * 1200
     states = sum(n for name, t in whole[1].items() if not name.endswith(".param") for n in [t.nbytes])
     third = states // 3 + (1 << 16)
-    # the weights and a third of the states; the gradient, room to stage all there is, and a third of the states
-    split = run("nvme", device_memory=4 * numel + third, host_memory=4 * numel + 4 * numel + states + third)
+    # the weights and a third of the states; the gradient, room to stage some of the unit, and a third of the states
+    staged = int((2 << 16) / numel * (4 * numel + states))  # two of the smallest pieces of 8-bit states
+    split = run("nvme", device_memory=4 * numel + third, host_memory=4 * numel + staged + third)
     assert whole[2] == [{Tier.DEVICE}] and split[2] == [set(Tier)]
     assert whole[0] == split[0] and tiny.same(whole[1], split[1])
     assert 0 < split[3][0] == split[3][1] < states // 2
