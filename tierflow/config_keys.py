@@ -285,7 +285,8 @@ _TIERFLOW = [
     _honoured("tierflow.prefetch", 'true, false or "auto"', "true", note="false fetches on demand; results are the same"),
     _honoured("tierflow.update", '"auto", "immediate", "deferred" or "speculative"', "auto",
               note="when the update runs: in `optimizer.step()`, before each unit's next use, or in the last backward and "
-              "undone where clipping needs it; results are the same"),
+              "undone where clipping needs it; auto: before the next use where anything waits for a drive or an accelerator, "
+              "at once elsewhere; results are the same"),
     _honoured("tierflow.accumulation", '"auto", "layer_major" or "micro_batch"', "auto",
               note="the order of micro-batches in `train_batch` and `finetune`: layer_major fetches a unit once for all "
                    "of them, while their activations wait in memory; same bits where nothing draws random numbers; auto "

@@ -212,13 +212,12 @@ def make_run(
     io_options, drive, note = drive_settings(cfg, paths)
     caps = make_caps(cfg, device, paths, io_options.get("weights", ()))
     error: DoesNotFit | None = None
-    second_slots = {"auto": (True, False), "speculative": (True,)}.get(cfg.tierflow.update, (False,))
-    slots = second_slots if owned_loop else (False,)
+    slots = _with_second_slots(cfg.tierflow.update, device) if owned_loop else (False,)
     for choice, speculative in itertools.product(_candidates(param, optim), slots):
         if Tier.NVME in choice and not paths:
             continue
         if speculative and cfg.tierflow.update == "auto" and choice[0] is not Tier.NVME:
-            continue  # weights in memory would be kept on NVMe besides: slower than deferring where it was measured
+            continue  # weights in memory would be kept on NVMe besides
         limit = None if choice[0] is Tier.DEVICE else max(caps.device // 4, 1)
         units = _units(model, cfg, trained, limit)
         dtypes = {u.dtype for u in units if u.trainable}
@@ -236,6 +235,17 @@ def make_run(
     if error is None:  # only placements on NVMe were asked for
         raise missing_nvme_path()
     raise error
+
+
+def _with_second_slots(update: str, device: torch.device) -> tuple[bool, ...]:
+    """Whether the plan has second slots, for updates in the backward: what is wanted most comes first.
+
+    "auto" has them on an accelerator alone. Where the processor computes the backward too, deferring was the faster
+    (benchmarks/README.md).
+    """
+    if update == "auto":
+        return (False,) if device.type == "cpu" else (True, False)
+    return (update == "speculative",)
 
 
 def _candidates(param: Tier | None, optim: Tier | None) -> list[tuple[Tier, Tier]]:

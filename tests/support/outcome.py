@@ -40,6 +40,15 @@ class Stack(nn.Module):
         return x.to(self.layers[0].weight.dtype)
 
 
+def step(model: Stack, optimizer: Any, seed: int = 0) -> float:
+    """One optimizer step; the loss."""
+    loss = model(model.input(seed))
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
 def states_of(engine: Any) -> dict[str, torch.Tensor]:
     """The bytes of every weight, remainder, moment and scale, read from their homes."""
     engine.settle()
