@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from typer.core import TyperCommand
+
+from tierflow.stopping import Terminated, exit_code, sigterm_raises
 
 app = typer.Typer(
     help="Train models whose state does not fit the accelerator.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -153,24 +157,24 @@ def env(path: Annotated[Paths | None, typer.Option(help="A folder to check for O
     render(path or ())
 
 
-class _errors:
-    """Turns an expected failure into one message and exit code 1; anything else keeps its traceback."""
+@contextmanager
+def _errors(console: Console) -> Iterator[None]:
+    """Turns an expected failure, Ctrl-C or SIGTERM into one message and its exit code; the rest keeps its traceback."""
+    try:
+        with sigterm_raises():
+            yield
+    except KeyboardInterrupt as stop:
+        console.print("terminated" if isinstance(stop, Terminated) else "interrupted")
+        raise typer.Exit(exit_code(stop)) from None
+    except (ValueError, OSError, FloatingPointError, ImportError, RuntimeError) as error:
+        if not _expected(error):
+            raise
+        console.print(f"[bold red]error:[/] {error}", highlight=False, markup=True, soft_wrap=True)
+        raise typer.Exit(1) from None
 
-    def __init__(self, console: Console):
-        self._console = console
 
-    def __enter__(self) -> None:
-        return None
+def _expected(error: Exception) -> bool:
+    """Whether it names what is wrong and the remedy. A RuntimeError that is no CapacityError is a defect."""
+    from tierflow.swap.types import CapacityError
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> Literal[False]:
-        if error is None:
-            return False
-        if not isinstance(error, (ValueError, OSError, FloatingPointError, ImportError, KeyboardInterrupt)):
-            # CapacityError and aio's errors are RuntimeError and OSError; other RuntimeErrors are defects
-            from tierflow.swap.types import CapacityError
-
-            if not isinstance(error, CapacityError):
-                return False
-        text = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
-        self._console.print(f"[bold red]error:[/] {text}", highlight=False, markup=True, soft_wrap=True)
-        raise typer.Exit(1)
+    return not isinstance(error, RuntimeError) or isinstance(error, CapacityError)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -43,12 +44,16 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
-def run(folder: Path, out: Path, *arguments: str, data: str = "train.txt") -> subprocess.CompletedProcess:
-    command = [
+def command(folder: Path, out: Path, *arguments: str, data: str = "train.txt") -> list[str]:
+    return [
         sys.executable, "-m", "tierflow", "finetune", "--model", str(folder / "model"), "--data", str(folder / data),
         "--output", str(out), "--sequence-length", "16", *arguments,
     ]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, cwd=out.parent, timeout=300)
+
+
+def run(folder: Path, out: Path, *arguments: str, data: str = "train.txt") -> subprocess.CompletedProcess:
+    words = command(folder, out, *arguments, data=data)
+    return subprocess.run(words, capture_output=True, text=True, cwd=out.parent, timeout=300)
 
 
 def tight(folder: Path) -> dict[str, str]:
@@ -199,6 +204,22 @@ def test_a_plan_that_does_not_fit_leaves_no_folder(folder: Path, tmp_path: Path)
     (tmp_path / "out").mkdir()
     assert run(folder, tmp_path / "out", "--steps", "3", "--config", small).returncode == 1
     assert (tmp_path / "out").exists(), "it was the user's"
+
+
+@pytest.mark.parametrize(("number", "code", "said"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")])
+def test_a_signal_in_mid_run_leaves_no_folder(folder: Path, tmp_path: Path, number: int, code: int, said: str) -> None:
+    words = command(folder, tmp_path / "out", "--steps", "100000", "--config", config(tmp_path / "c.json"))
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path)
+    try:
+        assert process.stdout is not None
+        assert any(line.startswith("step") for line in process.stdout)
+        assert (tmp_path / "out" / "swap").is_dir()
+        process.send_signal(number)
+        rest = process.communicate(timeout=60)[0]
+    finally:
+        process.kill()
+    assert process.returncode == code and rest.splitlines()[-1] == said and "Traceback" not in rest
+    assert not (tmp_path / "out").exists()
 
 
 def test_env_says_what_there_is() -> None:

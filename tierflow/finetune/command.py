@@ -49,12 +49,8 @@ def finetune(options: Options, console: Console) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
     _quiet_transformers()
     torch.manual_seed(options.seed)
-    try:
+    with _folders(options):
         _run(prepare(options, console), console)
-    finally:
-        if not options.nvme_path:
-            with contextlib.suppress(OSError):  # there was none, or somebody put a file there
-                options.swap[0].rmdir()
 
 
 def _run(run: Run, console: Console) -> None:
@@ -71,8 +67,6 @@ def prepare(options: Options, console: Console) -> Run:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     config = effective_config(options)
-    if options.output.is_file():
-        raise DataError(f"{options.output}: --output is a file; name a folder")
     if not (options.model / "config.json").exists():
         raise DataError(f"{options.model}: no config.json; --model takes the folder of a Hugging Face model")
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -81,7 +75,7 @@ def prepare(options: Options, console: Console) -> Run:
     micro, accumulation = config.train_micro_batch_size_per_gpu or 1, config.gradient_accumulation_steps or 1
     batches = Batches(sequences, micro, accumulation, options.seed)
     before = peak_rss()
-    with _output_folder(options), console.status("streaming weights to their tiers"):
+    with console.status("streaming weights to their tiers"):
         swap = [str(folder) for folder in options.swap]
         model, optimizer = load(AutoModelForCausalLM, options.model, config, nvme_path=swap, owned_loop=True)
     total = options.steps or batches.steps_for(options.epochs)
@@ -92,18 +86,19 @@ def prepare(options: Options, console: Console) -> Run:
 
 
 @contextlib.contextmanager
-def _output_folder(options: Options) -> Iterator[None]:
-    """Makes the folder for what is trained, before the work; if it is new and the body fails, it goes again."""
-    new = not options.output.exists()
+def _folders(options: Options) -> Iterator[None]:
+    """Makes the folder for what is trained, before the work. It goes again if it is new and empty in the end."""
+    if options.output.is_file():
+        raise DataError(f"{options.output}: --output is a file; name a folder")
+    own = () if options.nvme_path else options.swap  # perhaps left by a run that was killed
+    passing = own if options.output.exists() else (*own, options.output)
     options.output.mkdir(parents=True, exist_ok=True)
     try:
         yield
-    except BaseException:
-        within = [folder for folder in options.swap if options.output in folder.parents]
-        for folder in (*within, options.output) if new else ():
-            with contextlib.suppress(OSError):  # it holds something
+    finally:
+        for folder in passing:
+            with contextlib.suppress(OSError):  # it holds something, or was never made
                 folder.rmdir()
-        raise
 
 
 def effective_config(options: Options) -> Config:

@@ -6,17 +6,16 @@ import dataclasses
 import datetime
 import platform
 import shlex
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 from rich.console import Console
 
 from tierflow import aio, machine
 from tierflow.sizes import format_size
+from tierflow.stopping import exit_code
 from tierflow.tune import report
 from tierflow.tune.budget import Budget, check_space
 from tierflow.tune.facts import Facts, cautions, look
@@ -154,24 +153,13 @@ def _draw(profile: Profile, picture: Path) -> str:
         return str(error)
 
 
-class _Terminated(BaseException):
-    """SIGTERM, as an exception that passes through every ``finally``."""
-
-
 @contextmanager
 def _stopped_cleanly(console: Console, budget: Budget) -> Iterator[None]:
     """Ctrl-C and SIGTERM end what is under way, give the files back, and say what was written."""
-
-    def on_term(number: int, frame: FrameType | None) -> None:
-        raise _Terminated
-
-    before = signal.signal(signal.SIGTERM, on_term)
     try:
         yield
-    except (KeyboardInterrupt, _Terminated) as stop:
+    except KeyboardInterrupt as stop:
         console.print(f"stopped; {format_size(budget.written)} were written, and no file is left", highlight=False)
-        raise SystemExit(128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT)) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        raise SystemExit(exit_code(stop)) from None
 
 
