@@ -7,13 +7,12 @@ import threading
 
 import pytest
 import torch
+from architectures import VOCAB, build
 from torch import nn
 from turns import (
     COUNT,
     SMALL,
-    VOCAB,
     Drops,
-    build,
     engine_for,
     equal,
     plain,

@@ -9,6 +9,7 @@ import threading
 import pytest
 import tiny
 import torch
+from architectures import build
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from turns import (
@@ -16,7 +17,6 @@ from turns import (
     SMALL,
     Drops,
     Ways,
-    build,
     engine_for,
     equal,
     no_pins,

@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import tiny
+from architectures import build
 from turns import (
     COUNT,
     Ways,
-    build,
     engine_for,
     equal,
     plain,

@@ -7,6 +7,7 @@ import threading
 
 import tiny
 import torch
+from architectures import VOCAB
 from loops import Tower
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -15,29 +16,7 @@ import tierflow
 from tierflow.cpu_adam import CPUAdamW
 from tierflow.swap import DebugMemory, Tier
 
-VOCAB = 128
 COUNT = 4
-
-
-def build(name: str) -> nn.Module:
-    import transformers as t
-
-    small = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, vocab_size=VOCAB)
-    makers = {
-        "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**small, num_key_value_heads=2, tie_word_embeddings=True)),
-        "untied": lambda: t.LlamaForCausalLM(t.LlamaConfig(**small, num_key_value_heads=2, tie_word_embeddings=False)),
-        "gpt2": lambda: t.GPT2LMHeadModel(
-            t.GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=VOCAB, n_positions=32, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
-        ),
-        "mixtral": lambda: t.MixtralForCausalLM(
-            t.MixtralConfig(**small, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)
-        ),
-        "t5": lambda: t.T5ForConditionalGeneration(
-            t.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=VOCAB, dropout_rate=0, decoder_start_token_id=0)
-        ),
-    }  # fmt: skip
-    torch.manual_seed(5)
-    return makers[name]().train()
 
 
 def text(steps: int = 3, count: int = COUNT, same_length: bool = True) -> list[list[dict[str, torch.Tensor]]]:
