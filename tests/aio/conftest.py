@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tmpfs import mounted
 
 import tierflow.aio as aio
 
@@ -106,13 +107,8 @@ def _stop(server: subprocess.Popen[str], directory: Path) -> None:
 @pytest.fixture
 def small_tmpfs(tmp_path: Path) -> Iterator[Path]:
     """A file system of 8 MiB."""
-    directory = tmp_path / "small"
-    directory.mkdir()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mount(b"none", os.fsencode(directory), b"tmpfs", 0, b"size=8m") != 0:
-        pytest.skip(f"no tmpfs can be mounted: {os.strerror(ctypes.get_errno())}")
-    yield directory
-    libc.umount2(os.fsencode(directory), 2)
+    with mounted(tmp_path / "small", "8m") as directory:
+        yield directory
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from outcome import child_environment
+from tmpfs import mounted
 
 
 @pytest.fixture
@@ -31,10 +30,5 @@ def python() -> Callable[..., str]:
 @pytest.fixture
 def small_tmpfs(tmp_path: Path) -> Iterator[Path]:
     """A file system of 2 MiB."""
-    directory = tmp_path / "small"
-    directory.mkdir()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mount(b"none", os.fsencode(directory), b"tmpfs", 0, b"size=2m") != 0:
-        pytest.skip(f"no tmpfs can be mounted: {os.strerror(ctypes.get_errno())}")
-    yield directory
-    libc.umount2(os.fsencode(directory), 2)
+    with mounted(tmp_path / "small", "2m") as directory:
+        yield directory

@@ -17,6 +17,7 @@ import pytest
 import tiny
 import torch
 from outcome import Stack, child_environment, states_of, step
+from tmpfs import mounted
 from torch import nn
 
 import tierflow
@@ -69,15 +70,8 @@ print(rss() - base, blocks(path) - disk, descriptors() - files, threads() - task
 @pytest.fixture
 def own_disk(tmp_path: Path):
     """A file system whose usage no other process changes."""
-    import ctypes
-
-    directory = tmp_path / "own"
-    directory.mkdir()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mount(b"none", os.fsencode(directory), b"tmpfs", 0, b"size=512m") != 0:
-        pytest.skip(f"no tmpfs can be mounted: {os.strerror(ctypes.get_errno())}")
-    yield directory
-    libc.umount2(os.fsencode(directory), 2)
+    with mounted(tmp_path / "own", "512m") as directory:
+        yield directory
 
 
 @pytest.mark.parametrize("how", ["close", "forget"])
