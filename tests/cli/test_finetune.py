@@ -208,18 +208,18 @@ def test_a_plan_that_does_not_fit_leaves_no_folder(folder: Path, tmp_path: Path)
 
 @pytest.mark.parametrize(("number", "code", "said"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")])
 def test_a_signal_in_mid_run_leaves_no_folder(folder: Path, tmp_path: Path, number: int, code: int, said: str) -> None:
-    words = command(folder, tmp_path / "out", "--steps", "100000", "--config", config(tmp_path / "c.json"))
+    words = command(folder, tmp_path / "new" / "out", "--steps", "100000", "--config", config(tmp_path / "c.json"))
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path)
     try:
         assert process.stdout is not None
         assert any(line.startswith("step") for line in process.stdout)
-        assert (tmp_path / "out" / "swap").is_dir()
+        assert (tmp_path / "new" / "out" / "swap").is_dir()
         process.send_signal(number)
         rest = process.communicate(timeout=60)[0]
     finally:
         process.kill()
     assert process.returncode == code and rest.splitlines()[-1] == said and "Traceback" not in rest
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "new").exists()
 
 
 def test_env_says_what_there_is() -> None:

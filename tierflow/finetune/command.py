@@ -87,16 +87,16 @@ def prepare(options: Options, console: Console) -> Run:
 
 @contextlib.contextmanager
 def _folders(options: Options) -> Iterator[None]:
-    """Makes the folder for what is trained, before the work. It goes again if it is new and empty in the end."""
+    """Makes the folder for what is trained, before the work. It goes again, as do its parents, if new and empty in the end."""
     if options.output.is_file():
         raise DataError(f"{options.output}: --output is a file; name a folder")
     own = () if options.nvme_path else options.swap  # perhaps left by a run that was killed
-    passing = own if options.output.exists() else (*own, options.output)
+    made = [folder for folder in (options.output, *options.output.parents) if not folder.exists()]
     options.output.mkdir(parents=True, exist_ok=True)
     try:
         yield
     finally:
-        for folder in passing:
+        for folder in (*own, *made):
             with contextlib.suppress(OSError):  # it holds something, or was never made
                 folder.rmdir()
 
