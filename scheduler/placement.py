@@ -141,14 +141,15 @@ def working_needs(
     per_element = max((staged_bytes(u) for u in cut), default=Fraction(0))
     largest = max((u.chunk.numel for u in cut), default=0)
     smallest = max((staged_bytes(u) * min(max(u.chunk.numel, u.grain), grain) for u in staged), default=0)
-    copied = max((u.chunk.nbytes for u in from_nvme), default=0)  # by ``contents.py``, where no update has memory
-    host_least = max(max(landing, default=0), 2 * ceil(smallest), min(copied, IO_BYTES))
+    # weights get to NVMe and are read by value through HOST, though nothing may be staged there or land
+    through = max((u.chunk.nbytes for u in from_nvme), default=0)
+    host_least = max(max(landing, default=0), 2 * ceil(smallest), min(through, IO_BYTES))
     pieces = ceil(min(PIECES * PIECE_ELEMENTS, len(cut) * largest) * per_element)
     return Needs(
         least,
         min(max(least, most(together.blocks)) + ahead, sum(coming.values())),
         host_least,
-        max(host_least, sum(landing[-BUFFERS:]) + pieces, min(copied, SPAN_BYTES)),
+        max(host_least, sum(landing[-BUFFERS:]) + pieces, min(through, SPAN_BYTES)),
         per_element,
         grain,
     )

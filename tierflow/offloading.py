@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -212,12 +211,11 @@ def make_run(
     io_options, drive, note = drive_settings(cfg, paths)
     caps = make_caps(cfg, device, paths, io_options.get("weights", ()))
     error: DoesNotFit | None = None
-    slots = _with_second_slots(cfg.tierflow.update, device) if owned_loop else (False,)
-    for choice, speculative in itertools.product(_candidates(param, optim), slots):
+    update = cfg.tierflow.update if owned_loop else "deferred"
+    candidates = ((c, slots) for c in _candidates(param, optim) for slots in _second_slots(update, device, c[0]))
+    for choice, speculative in candidates:
         if Tier.NVME in choice and not paths:
             continue
-        if speculative and cfg.tierflow.update == "auto" and choice[0] is not Tier.NVME:
-            continue  # weights in memory would be kept on NVMe besides
         limit = None if choice[0] is Tier.DEVICE else max(caps.device // 4, 1)
         units = _units(model, cfg, trained, limit)
         dtypes = {u.dtype for u in units if u.trainable}
@@ -237,14 +235,14 @@ def make_run(
     raise error
 
 
-def _with_second_slots(update: str, device: torch.device) -> tuple[bool, ...]:
+def _second_slots(update: str, device: torch.device, param: Tier) -> tuple[bool, ...]:
     """Whether the plan has second slots, for updates in the backward: what is wanted most comes first.
 
-    "auto" has them on an accelerator alone. Where the processor computes the backward too, deferring was the faster
-    (benchmarks/README.md).
+    "auto" has them on an accelerator alone: where the processor computes the backward too, deferring was the faster
+    (benchmarks/README.md). And with weights on NVMe alone: those in memory would be kept there besides.
     """
     if update == "auto":
-        return (False,) if device.type == "cpu" else (True, False)
+        return (True, False) if device.type != "cpu" and param is Tier.NVME else (False,)
     return (update == "speculative",)
 
 
