@@ -47,7 +47,7 @@ def _read_part(manager: Manager, chunk: Chunk, begin: int, out: torch.Tensor, vi
         out.copy_(manager.memory(chunk, tier).bytes()[begin:end])
         return
     for low, high, scratch in _spans(manager, chunk, begin, end, victims):
-        finish(manager.read(chunk, scratch, low))
+        finish(manager.nvme.read(chunk, scratch, low))
         a, b = max(low, begin), min(high, end)
         out[a - begin : b - begin] = scratch[a - low : b - low]
 
@@ -61,9 +61,9 @@ def _write_part(manager: Manager, chunk: Chunk, begin: int, data: torch.Tensor, 
     for low, high, scratch in _spans(manager, chunk, begin, end, victims):
         a, b = max(low, begin), min(high, end)
         if (a, b) != (low, high):
-            finish(manager.read(chunk, scratch, low))
+            finish(manager.nvme.read(chunk, scratch, low))
         scratch[a - low : b - low] = data[a - begin : b - begin]
-        finish(manager.write(chunk, scratch, low))
+        finish(manager.nvme.write(chunk, scratch, low))
 
 
 def _spans(manager: Manager, chunk: Chunk, begin: int, end: int, victims: Victims):  # type: ignore[no-untyped-def]

@@ -1,11 +1,11 @@
 """Which tier each kind of each unit lives in for good, under the caps.
 
 The placement names the slowest tier that a kind may live in. Room that is left in a faster tier is filled in the order
-of first use, with weights by the unit and then with optimizer states, the last of these cut where the room ends; so
-states are in any number of bytes in each tier. What lives in memory crosses no link at all; a cache of the same size
-would spare the reads only. The first units of the order are those that the next forward and its updates need before
-anything could be brought up. While weights stream through DEVICE, what is left there is their cache, and serves what no
-plan can know (a view that is kept, a checkpoint within a block); states go there once all weights live there.
+of first use, with weights and then with gradients and optimizer states, each cut where the room ends: DEVICE takes weights
+by the unit, all else is in any number of bytes in each tier. What lives in memory crosses no link at all; a cache of the
+same size would spare the reads only. The first units of the order are those that the next forward and its updates need
+before anything could be brought up. While weights stream through DEVICE, what is left there is their cache, and serves what
+no plan can know (a view that is kept, a checkpoint within a block); states go there once all weights live there.
 
 [Note: states on an accelerator] They are updated by the processor's kernels, so that the caps decide no bit. In HOST they
 cross no link, on the DEVICE they cross the bus, which is still faster than a drive. So HOST is filled with states first,
@@ -15,7 +15,7 @@ and DEVICE takes what would live on NVMe. Without an accelerator the two are one
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, count
 
@@ -29,13 +29,15 @@ class Homes:
     """The tier of every (unit index, kind).
 
     ``ahead``: by unit index, how many elements of the states are in other tiers ahead of the rest, in this order.
+    ``kept``: of weights and gradients on NVMe, how many of their first elements HOST keeps.
     """
 
     tiers: dict[tuple[int, Kind], Tier]
-    ahead: dict[int, dict[Tier, int]]
+    ahead: dict[int, dict[Tier, int]] = field(default_factory=dict)
+    kept: dict[tuple[int, Kind], int] = field(default_factory=dict)
 
     def of(self, unit: Unit, kind: Kind) -> Tier:
-        """Where the kind lives; of states that are split, the last of them."""
+        """Where the kind lives; of one that is split, the last of it."""
         return self.tiers[unit.index, kind]
 
     def of_states(self, unit: Unit) -> Tier | None:
@@ -44,9 +46,18 @@ class Homes:
 
     def parts(self, unit: Unit, kind: Kind) -> Iterator[tuple[Tier, int]]:
         """(tier, elements) of the parts that the kind is split into, in order."""
-        ahead = self.ahead.get(unit.index, {}) if kind in STATES else {}
+        kept = self.kept_elements(unit, kind)
+        ahead = self.ahead.get(unit.index, {}) if kind in STATES else {Tier.HOST: kept} if kept else {}
         yield from ahead.items()
         yield self.of(unit, kind), unit.chunks[kind].numel - sum(ahead.values())
+
+    def kept_elements(self, unit: Unit, kind: Kind) -> int:
+        """How many elements HOST keeps of weights or gradients that live on NVMe."""
+        return self.kept.get((unit.index, kind), 0) if self.of(unit, kind) is Tier.NVME else 0
+
+    def split(self, unit: Unit) -> bool:
+        """Whether any kind of the unit is in several tiers."""
+        return any(len(list(self.parts(unit, kind))) > 1 for kind in unit.chunks)
 
     def bytes_in(self, unit: Unit, kind: Kind, tier: Tier) -> int:
         """Bytes of the kind that live in the tier."""
@@ -86,7 +97,7 @@ def choose_homes(
     """``order``: unit indices in order of use."""
     tiers = {(u.index, kind): placement.home(kind) for u in units for kind in u.chunks}
     first = sorted(units, key=lambda u: order.index(u.index) if u.index in order else len(order))
-    homes = Homes(tiers, {})
+    homes = Homes(tiers)
 
     def room(tier: Tier) -> int:
         needs = needs_of(homes, units, placement, together)
@@ -96,14 +107,24 @@ def choose_homes(
     def weights_to(tier: Tier, slower: list[Unit]) -> None:
         _fill(homes, [[(u.index, Kind.PARAM)] for u in slower], tier, partial(room, tier))
 
+    def to_host() -> None:
+        """Weights by the unit, and then a part of what is left."""
+        weights_to(Tier.HOST, homes.from_nvme(first))
+        _keep(homes, homes.from_nvme(first), Kind.PARAM, partial(room, Tier.HOST))
+
     weights_to(Tier.DEVICE, homes.streamed(first))
     _spill_gradients(homes, first, placement, caps, together)
     weights_to(Tier.HOST, homes.from_nvme(first))
+    # before any part of the weights: where there is room for all of them, no update needs any on its way
+    _fill_all(homes, _states(homes, first, (Tier.NVME,)), Tier.HOST, partial(room, Tier.HOST))
+    to_host()
+    if placement.gradients == "auto":
+        _keep(homes, homes.spilled(first), Kind.GRAD, partial(room, Tier.HOST))
     on_device = () if homes.streamed(units) else (Tier.HOST, Tier.NVME) if placement.device_is_host else (Tier.NVME,)
     turns = [(Tier.DEVICE, on_device), (Tier.HOST, (Tier.NVME,))]
     for tier, slower in turns if placement.device_is_host else reversed(turns):
         _fill_with_states(homes, first, tier, slower, partial(room, tier))
-    weights_to(Tier.HOST, homes.from_nvme(first))  # no update may need room on its way any more
+    to_host()
     return homes
 
 
@@ -126,17 +147,28 @@ def _spill_gradients(homes: Homes, units: list[Unit], placement: Placement, caps
         homes.tiers[unit.index, Kind.GRAD] = Tier.NVME
 
 
+def _keep(homes: Homes, units: list[Unit], kind: Kind, room: Callable[[], int]) -> None:
+    """Gives HOST the first bytes of what lives on NVMe, as far as there is room; a little stays there of each."""
+    for unit in units:
+        grain, chunk = unit.grain, unit.chunks[kind]
+        kept = homes.kept.get((unit.index, kind), 0)
+        more = min(max(room(), 0) // chunk.bytes_of(grain) * grain, (chunk.numel - 1) // grain * grain - kept)
+        if more > 0:
+            homes.kept[unit.index, kind] = kept + more
+
+
 def _fill_with_states(homes: Homes, units: list[Unit], tier: Tier, slower: Collection[Tier], room: Callable[[], int]) -> None:
     """Moves what lives in ``slower`` tiers: units in order as they fit, then a part of the first that did not."""
-
-    def left() -> list[Unit]:
-        return [u for u in units if homes.of_states(u) in slower]
-
-    _fill(homes, [[(u.index, chunk.kind) for chunk in u.states] for u in left()], tier, room)
-    for cut in left()[:1]:
+    _fill(homes, _states(homes, units, slower), tier, room)
+    for cut in [u for u in units if homes.of_states(u) in slower][:1]:
         part = room() // sum(chunk.bytes_of(cut.grain) for chunk in cut.states) * cut.grain
         if part > 0:
             homes.ahead[cut.index] = homes.ahead.get(cut.index, {}) | {tier: part}
+
+
+def _states(homes: Homes, units: list[Unit], tiers: Collection[Tier]) -> list[list[tuple[int, Kind]]]:
+    """By unit, the states that live in these tiers."""
+    return [[(u.index, chunk.kind) for chunk in u.states] for u in units if homes.of_states(u) in tiers]
 
 
 def _fill(homes: Homes, items: list[list[tuple[int, Kind]]], tier: Tier, room: Callable[[], int]) -> None:
@@ -144,12 +176,19 @@ def _fill(homes: Homes, items: list[list[tuple[int, Kind]]], tier: Tier, room: C
 
     There may be room for all and not for all but one: what still comes and goes needs room on its way.
     """
-    everything = [chunk for item in items for chunk in item]
-    for chunks in (everything, *items):
-        before = {chunk: homes.tiers[chunk] for chunk in chunks}
-        homes.tiers.update(dict.fromkeys(chunks, tier))
-        if room() < 0:
-            homes.tiers.update(before)
+    if not _fill_all(homes, items, tier, room):
+        for item in items:
+            _fill_all(homes, [item], tier, room)
+
+
+def _fill_all(homes: Homes, items: list[list[tuple[int, Kind]]], tier: Tier, room: Callable[[], int]) -> bool:
+    """Gives all items a faster home, or none; whether there was room."""
+    before = {chunk: homes.tiers[chunk] for item in items for chunk in item}
+    homes.tiers.update(dict.fromkeys(before, tier))
+    fits = room() >= 0
+    if not fits:
+        homes.tiers.update(before)
+    return fits
 
 
 def create_chunks(manager: Manager, units: list[Unit], homes: Homes) -> None:
@@ -157,7 +196,10 @@ def create_chunks(manager: Manager, units: list[Unit], homes: Homes) -> None:
     ids = count(1 + max(chunk.id for unit in units for chunk in unit.chunks.values()))
     for unit in units:
         unit.split_states(list(accumulate(homes.ahead.get(unit.index, {}).values())), ids)
-        for kind in unit.chunks:
+        for kind, chunk in unit.chunks.items():
+            if kind not in STATES:
+                manager.create(chunk, homes.of(unit, kind), chunk.bytes_of(homes.kept_elements(unit, kind)))
+                continue
             for part, (tier, _) in zip(unit.parts(kind), homes.parts(unit, kind), strict=True):
                 manager.create(part, tier)
 

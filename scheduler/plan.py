@@ -82,7 +82,7 @@ def second_slots(unit: Unit, homes: Homes) -> list[Chunk]:
     """What an update of the unit overwrites, if it may run in the backward: its states are on NVMe, all of them, and its
     gradient in memory.
     """
-    if homes.of_states(unit) is not Tier.NVME or unit.index in homes.ahead or homes.of(unit, Kind.GRAD) is Tier.NVME:
+    if homes.of_states(unit) is not Tier.NVME or homes.split(unit) or homes.of(unit, Kind.GRAD) is Tier.NVME:
         return []
     return [chunk for kind, chunk in unit.chunks.items() if kind is not Kind.GRAD]
 

@@ -61,7 +61,7 @@ class Speculation:
         self._on_attempt = on_attempt  # the unit's weights are no longer those that count
 
     def _suits(self, unit: Unit) -> bool:
-        return any(self._queue.stager.manager.has_spare(chunk) for chunk in unit.states)
+        return any(self._queue.stager.manager.nvme.has_spare(chunk) for chunk in unit.states)
 
     # ---- in the backward
 
@@ -139,7 +139,7 @@ class Speculation:
         self._queue.finish(unit)  # every read of the first slot and write to the second has been started
         for chunk in kinds(unit).values():
             if manager.home(chunk) is Tier.NVME:
-                manager.flip(chunk)
+                manager.nvme.flip(chunk)
         del self._attempts[unit.index]
         self.committed += 1
 

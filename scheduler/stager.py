@@ -134,7 +134,7 @@ class Stager:
     def _bring(self, chunk: Chunk, data: torch.Tensor, at: int) -> Ticket:
         home = self.manager.home(chunk)
         if home is Tier.NVME:
-            return self.manager.read(chunk, data, at)
+            return self.manager.nvme.read(chunk, data, at)
         source = self.manager.memory(chunk, home).bytes()
         self.manager.traffic.to_host += data.nbytes
         ticket = self.manager.lane.drain(data, source[at : at + data.nbytes])
@@ -197,7 +197,7 @@ class Stager:
             chunk, at = self._place(piece, kind)
             home = manager.home(chunk)
             if home is Tier.NVME and kind is Kind.PARAM:  # others' weights wait for the held copy's room
-                piece.weights.append(manager.write(chunk, data.view(torch.uint8), at, piece.job.speculative, urgent=held))
+                piece.weights.append(manager.nvme.write(chunk, data.view(torch.uint8), at, piece.job.speculative, urgent=held))
             elif home is not Tier.NVME and kind in piece.staged:
                 there = manager.memory(chunk, home).bytes()
                 manager.traffic.to_device += data.nbytes
@@ -211,9 +211,9 @@ class Stager:
         for kind, data in piece.tensors.items():
             chunk, at = self._place(piece, kind)
             if kind in piece.before:
-                piece.writes.append(self.manager.write(chunk, piece.before[kind].view(torch.uint8), at, spare))
+                piece.writes.append(self.manager.nvme.write(chunk, piece.before[kind].view(torch.uint8), at, spare))
             elif kind is not Kind.PARAM and kind in piece.staged and self.manager.home(chunk) is Tier.NVME:
-                piece.writes.append(self.manager.write(chunk, data.view(torch.uint8), at, spare))
+                piece.writes.append(self.manager.nvme.write(chunk, data.view(torch.uint8), at, spare))
 
     def _place(self, piece: Piece, kind: Kind) -> tuple[Chunk, int]:
         """The chunk that holds the piece's elements of a kind, and their first byte in it."""
@@ -247,7 +247,7 @@ class Stager:
             lease = manager.scratch(Tier.HOST, end - begin, victims)
             try:
                 data = lease.bytes()[: end - begin]
-                finish(manager.read(chunk, data, begin, spare=True))
+                finish(manager.nvme.read(chunk, data, begin, spare=True))
                 home[begin:end].copy_(data)
             finally:
                 manager.drop_scratch(Tier.HOST, lease)

@@ -20,15 +20,15 @@ def estimate(
 
     ``immediate``: the update runs at the step, and reads the weights that no copy is left of for itself.
     """
-    streamed = {u.index: u for u in units if plan.homes.of(u, Kind.PARAM) is Tier.NVME}
+    streamed = {u.index: plan.homes.bytes_in(u, Kind.PARAM, Tier.NVME) for u in plan.homes.from_nvme(units)}
     left, fetched = Cache(plan.working[Tier.DEVICE], units, plan).passes(Trace(order * passes), prefetch)
-    read = sum(streamed[i].chunk.nbytes for i in fetched if i in streamed)
+    read = sum(streamed.get(i, 0) for i in fetched)
     written = 0
     for unit in units:
         if not unit.trainable:
             continue
         states = sum(plan.homes.bytes_in(unit, kind, Tier.NVME) for kind in STATES if kind in unit.chunks)
-        weights = unit.chunk.nbytes if unit.index in streamed else 0
+        weights = streamed.get(unit.index, 0)
         read += states + (weights if immediate and unit.index not in left else 0)
         written += states + weights
     read_back, spilled = _gradients(units, plan, order, passes)
@@ -40,12 +40,14 @@ def _gradients(units: list[Unit], plan: MemoryPlan, order: list[int], passes: in
 
     The gradient of a weight that is used twice is there when its first use was differentiated.
     """
-    sizes = {u.index: u.chunks[Kind.GRAD].nbytes for u in plan.homes.spilled(units)}
+    spilled = plan.homes.spilled(units)
+    sizes = {u.index: plan.homes.bytes_in(u, Kind.GRAD, Tier.NVME) for u in spilled}
+    memory = {u.index: paged_bytes(u.chunks[Kind.GRAD].nbytes) for u in spilled}
     here, changed = list[int](), set[int]()
     read = written = 0
 
     def free() -> int:
-        return plan.window - sum(paged_bytes(sizes[i]) for i in here)
+        return plan.window - sum(memory[i] for i in here)
 
     def write(unit: int) -> int:
         nbytes = sizes[unit] if unit in changed else 0
@@ -57,12 +59,12 @@ def _gradients(units: list[Unit], plan: MemoryPlan, order: list[int], passes: in
         if unit in here:
             here.remove(unit)
         else:
-            while free() < paged_bytes(sizes[unit]):
+            while free() < memory[unit]:
                 written += write(here.pop(0))
             read += sizes[unit] if at >= len(arriving) else 0
         here.append(unit)
         changed.add(unit)
-        if free() < max(map(paged_bytes, sizes.values())) and here[0] != unit:
+        if free() < max(memory.values()) and here[0] != unit:
             written += write(here[0])
     return read + sum(sizes[i] for i in sizes if i not in here), written
 

@@ -132,7 +132,7 @@ class Fetches:
             self._manager.begin_copy(fetch.chunk, Tier.DEVICE, victims, demand)
 
     def _read(self, fetch: Fetch) -> None:
-        fetch.read = self._manager.read(fetch.chunk, self._bytes(fetch.chunk, fetch.landing))
+        fetch.read = self._manager.nvme.read(fetch.chunk, self._bytes(fetch.chunk, fetch.landing))
 
     def _bytes(self, chunk: Chunk, tier: Tier) -> torch.Tensor:
         return self._manager.memory(chunk, tier).bytes()[: chunk.nbytes]

@@ -129,6 +129,11 @@ class Ledger:
             raise LedgerError(f"scratch in {tier.name}: {nbytes} bytes would exceed {self.budgets[tier]}")
         self._scratch[tier] += nbytes
 
+    def keep_in(self, tier: Tier, nbytes: int) -> None:
+        """Counts so many bytes of what lives on NVMe in the tier, for that is where they are."""
+        self.hold_scratch(tier, nbytes)
+        self._scratch[Tier.NVME] -= nbytes
+
     def held(self, tier: Tier) -> int:
         """Bytes in the tier: copies that are not ABSENT, and scratch."""
         return self._bytes[tier] + self._scratch[tier]

@@ -11,12 +11,11 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-import torch
-
-from tierflow.aio import Extent, Store
+from tierflow.aio import Store
 from tierflow.swap.fetches import Fetches
-from tierflow.swap.lanes import DeviceLane, Ticket
+from tierflow.swap.lanes import DeviceLane
 from tierflow.swap.ledger import Event, Ledger
+from tierflow.swap.nvme import NvmeHomes
 from tierflow.swap.pool import Lease, Pool
 from tierflow.swap.room import Place, cheapest
 from tierflow.swap.timeline import Lane, Timeline
@@ -48,7 +47,7 @@ class Traffic:
 
 @dataclass
 class Manager:
-    """Every copy's memory and the counters; ``fetches`` has what is on its way up."""
+    """Every copy's memory and the counters; ``fetches`` has what is on its way up, ``nvme`` what lives there."""
 
     ledger: Ledger
     pools: dict[Tier, TierPools]
@@ -65,37 +64,25 @@ class Manager:
 
     def __post_init__(self) -> None:
         self._leases: dict[tuple[int, Tier], Lease] = {}
-        self._extents: dict[int, Extent] = {}
-        self._spares: dict[int, Extent] = {}
         self._homes: dict[int, Tier] = {}
         self._cached: dict[Tier, dict[int, Chunk]] = {Tier.DEVICE: {}, Tier.HOST: {}}
         self._marks: dict[int, object | None] = {}
         self.fetches = Fetches(self)
+        self.nvme = NvmeHomes(self)
 
     # ---- homes
 
-    def create(self, chunk: Chunk, home: Tier) -> None:
-        """Gives the chunk its permanent place. The bytes there are undefined until written."""
+    def create(self, chunk: Chunk, home: Tier, kept: int = 0) -> None:
+        """Gives the chunk its permanent place. The bytes there are undefined until written.
+
+        ``kept``: of a chunk on NVMe, so many of its first bytes are in HOST instead (``NvmeHomes.create``).
+        """
         if home is Tier.NVME:
-            assert self.store is not None
-            self._extents[chunk.id] = self.store.allocate(chunk.nbytes)
+            self.nvme.create(chunk, kept)
         else:
             self._leases[chunk.id, home] = self.pools[home].resident.lease(chunk.nbytes)
         self._homes[chunk.id] = home
         self.ledger.apply(chunk, home, Event.CREATE)
-
-    def add_spare(self, chunk: Chunk) -> None:
-        """Gives the chunk a second slot on NVMe."""
-        assert self.store is not None
-        self._spares[chunk.id] = self.store.allocate(chunk.nbytes)
-
-    def has_spare(self, chunk: Chunk) -> bool:
-        """Whether the chunk has a second slot."""
-        return chunk.id in self._spares
-
-    def flip(self, chunk: Chunk) -> None:
-        """The chunk's second slot becomes its home, and the home the second slot."""
-        self._extents[chunk.id], self._spares[chunk.id] = self._spares[chunk.id], self._extents[chunk.id]
 
     def home(self, chunk: Chunk) -> Tier:
         """The chunk's permanent tier."""
@@ -109,28 +96,7 @@ class Manager:
         """The lease of a copy in a memory tier."""
         return self._leases[chunk.id, tier]
 
-    # ---- raw NVMe transfers of a piece of a chunk's home
-
-    def read(self, chunk: Chunk, dst: torch.Tensor, begin: int = 0, spare: bool = False) -> Ticket:
-        """Starts reading ``dst.nbytes`` bytes at byte ``begin`` of the chunk's extent (or second slot) into memory."""
-        assert self.store is not None
-        self.traffic.nvme_read += dst.nbytes
-        ticket = self.store.read(dst, (self._spares if spare else self._extents)[chunk.id].offset + begin)
-        self.timeline.follow(Lane.READ, self.timeline.name(chunk.id), ticket.times, dst.nbytes)
-        return ticket
-
-    def write(
-        self, chunk: Chunk, src: torch.Tensor, begin: int = 0, spare: bool = False, urgent: bool = False
-    ) -> Ticket:
-        """Starts writing ``src`` at byte ``begin`` of the chunk's extent (or second slot).
-
-        ``urgent``: the memory is wanted for something else.
-        """
-        assert self.store is not None
-        self.traffic.nvme_written += src.nbytes
-        ticket = self.store.write(src, (self._spares if spare else self._extents)[chunk.id].offset + begin, urgent=urgent)
-        self.timeline.follow(Lane.WRITE, self.timeline.name(chunk.id), ticket.times, src.nbytes)
-        return ticket
+    # ---- what callers waited for
 
     def waited(self, lane: Lane, name: str, began: float) -> None:
         """The calling thread waited for READ or WRITE, for what ``name`` says, from ``began`` to now."""
@@ -314,6 +280,7 @@ class Manager:
         for lease in self._leases.values():
             lease.release()
         self._leases.clear()
+        self.nvme.close()
         self.ledger.forget()
         if self.store is not None:
             self.store.close()

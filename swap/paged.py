@@ -51,7 +51,7 @@ class PagedMemory:
         try:
             if read:
                 began = time.perf_counter()
-                finish(self._manager.read(chunk, self.bytes(chunk)))
+                finish(self._manager.nvme.read(chunk, self.bytes(chunk)))
                 self._manager.waited(Lane.READ, self._manager.timeline.name(chunk.id), began)
         except BaseException:
             self._ledger.apply(chunk, Tier.HOST, Event.ABORT_FILL)
@@ -61,7 +61,7 @@ class PagedMemory:
 
     def write(self, chunk: Chunk) -> None:
         """Starts writing the copy home; until ``end_write`` it must not change."""
-        self._writes[chunk.id] = self._manager.write(chunk, self.bytes(chunk))
+        self._writes[chunk.id] = self._manager.nvme.write(chunk, self.bytes(chunk))
         self._ledger.wrote(chunk, Tier.HOST)
         self._ledger.apply(chunk, Tier.NVME, Event.BEGIN_FILL)
 

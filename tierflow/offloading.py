@@ -305,7 +305,7 @@ def _build(
         create_chunks(manager, units, plan.homes)
         for unit in units if plan.spare else ():
             for chunk in second_slots(unit, plan.homes):
-                manager.add_spare(chunk)
+                manager.nvme.add_spare(chunk)
         fill(manager, units, source)
         engine = Engine(model, units, plan, manager, settings.prefetch, settings.update)
         engine.io_options, engine.drive = settings.aio, settings.drive

@@ -11,7 +11,8 @@ from outcome import Stack
 from torch import nn
 
 import tierflow
-from tierflow.swap import Tier
+from tierflow.scheduler import placement
+from tierflow.swap import Kind, Tier
 
 WIDTH = 256
 PADDED = (WIDTH * WIDTH + WIDTH + 2047) // 2048 * 2048  # a layer's elements, to whole I/O blocks of 2-byte kinds
@@ -46,7 +47,8 @@ def measure(model: nn.Module, optimizer, loss_of, steps: int = 3) -> tuple[float
     before = kernel_counts()
     for i in range(steps):
         once(model, optimizer, loss_of, i)
-    alone = sum(u.chunk.nbytes for u in engine.units if read_for_the_update_alone(engine, u))
+    weights = {u.index: engine.plan.homes.bytes_in(u, Kind.PARAM, Tier.NVME) for u in engine.units}
+    alone = sum(weights[u.index] for u in engine.units if read_for_the_update_alone(engine, u))
     engine.settle()
     after = kernel_counts()
     traffic = engine.take_report().traffic
@@ -147,6 +149,28 @@ def tight_caps(layers: int, dtype: torch.dtype, device_layers: float, host_layer
     layer = PADDED * dtype.itemsize
     staged = 12 * PADDED
     return {"device_memory": int(device_layers * layer), "host_memory": int(layers * layer + host_layers * staged)}
+
+
+@pytest.mark.parametrize("share", [0.1, 0.37, 0.99])
+def test_weights_are_split_between_host_and_nvme_by_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    """Room for a part of the weights, at any fraction, spares the drive that part: two reads and a write."""
+    monkeypatch.setattr(placement, "PIECE_ELEMENTS", 1 << 13)
+    layers = 12
+    caps = tight_caps(layers, torch.float32, 2.5, 0)
+    weights, staging = 4 * layers * PADDED, placement.PIECES * (1 << 13) * 12
+    caps["host_memory"] += staging + int(share * weights)
+    model = Stack(layers=layers, width=WIDTH)
+    _, optimizer = tierflow.offload(model, config(tmp_path, "nvme", "nvme", **caps))
+    plan = optimizer.engine.plan
+    kept = plan.resident[Tier.HOST, Kind.PARAM]
+    assert share * weights - 4 * 4096 < kept <= share * weights
+    read, written = measure(model, optimizer, stack_loss)
+    assert written == plan.nvme_written == 12 * layers * PADDED - kept
+    assert abs(read - plan.nvme_read) <= 0.02 * plan.nvme_read
+    assert read <= 16 * layers * PADDED - 2 * kept
+    optimizer.close()
 
 
 @pytest.mark.parametrize("dtype", FORMATS, ids=["fp32", "lossless"])

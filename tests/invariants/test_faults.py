@@ -82,7 +82,7 @@ def faulty(tmp_path: Path) -> Iterator[Faulty]:
 def extent(engine, unit: int, kind: Kind) -> tuple[int, int]:
     """The file's byte range of one chunk."""
     chunk = engine.units[unit].chunks[kind]
-    begin = engine.manager._extents[chunk.id].offset
+    begin = engine.manager.nvme._extents[chunk.id].offset
     return begin, begin + chunk.nbytes
 
 

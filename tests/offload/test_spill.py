@@ -160,7 +160,7 @@ def test_a_failed_write_is_said_and_leaves_nothing(tmp_path, monkeypatch) -> Non
     optimizer.zero_grad()
     engine.settle()
 
-    monkeypatch.setattr(engine.manager, "write", lambda *args, **kw: Failing())
+    monkeypatch.setattr(engine.manager.nvme, "write", lambda *args, **kw: Failing())
     with pytest.raises(OSError, match="no space left"):
         model(model.input(1)).backward()
     monkeypatch.undo()
@@ -272,7 +272,7 @@ def test_a_gradient_that_could_not_be_written_stays_in_memory(tmp_path, monkeypa
     for m in (plain, model):
         m(m.input(0)).backward()
     manager, first = optimizer.engine.manager, model.layers[0].weight
-    write, left = manager.write, [failures]
+    write, left = manager.nvme.write, [failures]
 
     def fails(*args: Any, **kw: Any) -> Any:
         if left[0]:
@@ -281,7 +281,7 @@ def test_a_gradient_that_could_not_be_written_stays_in_memory(tmp_path, monkeypa
         return write(*args, **kw)
 
     first.grad.mul_(torch.ones(64, 1))  # it changed: NVMe has not got it
-    monkeypatch.setattr(manager, "write", fails)
+    monkeypatch.setattr(manager.nvme, "write", fails)
     for layer in range(1, 6):
         for _ in range(failures + 1):
             try:

@@ -166,13 +166,13 @@ def test_the_least_device_memory_of_the_plan_is_enough_wherever_units_lie(tmp_pa
 def late_reads(engine, interrupts: int = 0) -> list[Late]:
     """From here on no read is done before it is waited for."""
     made: list[Late] = []
-    read = engine.manager.read
+    read = engine.manager.nvme.read
 
     def slow(*args, **kw):
         made.append(Late(read(*args, **kw), interrupts))
         return made[-1]
 
-    engine.manager.read = slow
+    engine.manager.nvme.read = slow
     return made
 
 
@@ -236,13 +236,13 @@ def test_ctrl_c_ends_a_wait_and_not_before_the_transfer_has_left_its_memory(tmp_
     plain = copy.deepcopy(model)
     _, b = tierflow.offload(model, tiny.config("everything", tmp_path, device_memory="16KB", host_memory="205KB"))
     manager = b.engine.manager
-    read = manager.read
+    read = manager.nvme.read
     made = late_reads(b.engine, interrupts=1)
     x = torch.randn(2, 32)
     with pytest.raises(KeyboardInterrupt):
         model(x)
     assert made[0].waited
-    manager.read = read
+    manager.nvme.read = read
     for ticket in made:
         ticket.interrupts = 0
     assert torch.equal(model(x), plain(x))
@@ -256,12 +256,12 @@ def test_a_store_that_takes_no_more_reads_leaks_nothing(tmp_path) -> None:
     model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(12)))
     _, b = tierflow.offload(model, tiny.config("everything", tmp_path, device_memory="16KB", host_memory="205KB"))
     manager, unit = b.engine.manager, b.engine.units[0]
-    read, manager.read = manager.read, lambda *args, **kw: (_ for _ in ()).throw(OSError("no more reads"))
+    read, manager.nvme.read = manager.nvme.read, lambda *args, **kw: (_ for _ in ()).throw(OSError("no more reads"))
     with pytest.raises(OSError, match="no more"):
         model(torch.randn(2, 32))
     assert all(manager.pools[t].working.leased == 0 for t in (Tier.DEVICE, Tier.HOST))
     manager.ledger.check()
-    manager.read = read
+    manager.nvme.read = read
     manager.fetches.start(unit.chunk, b.engine.victims())
     b.close()
 

@@ -44,8 +44,8 @@ def events(engine: Any) -> list[str]:
 
         return entry
 
-    note(manager, "read", transfer("read"))
-    note(manager, "write", transfer("write"))
+    note(manager.nvme, "read", transfer("read"))
+    note(manager.nvme, "write", transfer("write"))
     note(stager, "compute", lambda piece: f"kernel {piece.job.unit.label}")
     return log
 

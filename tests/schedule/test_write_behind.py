@@ -52,13 +52,13 @@ def step(model: Stack, optimizer: Any, number: int) -> None:
 
 def written_by(engine: Any) -> Counter[bool]:
     """Bytes whose write was started since: True for weights, False for states."""
-    found, write = Counter[bool](), engine.manager.write
+    found, write = Counter[bool](), engine.manager.nvme.write
 
     def noted(chunk: Any, data: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         found[chunk.kind is Kind.PARAM] += data.nbytes
         return write(chunk, data, *args, **kwargs)
 
-    engine.manager.write = noted
+    engine.manager.nvme.write = noted
     return found
 
 
@@ -135,7 +135,7 @@ def test_a_write_that_cannot_begin_leaves_nothing_behind(tmp_path: Path, gradien
     step(model, optimizer, 0)
     engine = optimizer.engine
     engine.settle()
-    write, begun = engine.manager.write, Counter[Kind]()
+    write, begun = engine.manager.nvme.write, Counter[Kind]()
 
     def refuse(chunk: Any, *args: Any, **kwargs: Any) -> Any:
         begun[chunk.kind] += 1
@@ -143,7 +143,7 @@ def test_a_write_that_cannot_begin_leaves_nothing_behind(tmp_path: Path, gradien
             raise OSError("cannot begin")
         return write(chunk, *args, **kwargs)
 
-    engine.manager.write = refuse
+    engine.manager.nvme.write = refuse
     with pytest.raises(OSError, match="cannot begin"):
         for number in (1, 2):
             step(model, optimizer, number)

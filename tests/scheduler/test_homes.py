@@ -77,6 +77,9 @@ def test_no_room_is_left_while_anything_is_slower(
     def anything(*tiers: Tier) -> bool:
         return any(table.get((tier, kind)) for tier in tiers for kind in STATES)
 
+    left = [u for u in homes.from_nvme(units) if homes.kept_elements(u, Kind.PARAM) < u.chunk.numel - u.grain]
+    assert all(homes.kept_elements(u, kind) % u.grain == 0 for u in units for kind in (Kind.PARAM, Kind.GRAD))
+    assert not left or room[Tier.HOST] < max(u.chunk.bytes_of(u.grain) for u in left)
     grain = max(sum(chunk.bytes_of(u.grain) for chunk in u.states) for u in units)
     waits_for_device = (Tier.NVME,) if accelerator else (Tier.HOST, Tier.NVME)
     assert room[Tier.DEVICE] < grain or homes.streamed(units) or not anything(*waits_for_device)

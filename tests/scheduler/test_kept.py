@@ -1,0 +1,123 @@
+"""Weights and gradients that live on NVMe but for a part that HOST keeps: no byte of room is left, and no bit changes."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from outcome import Stack, states_of, step
+
+import tierflow
+from tierflow.config import load_config
+from tierflow.offloading import make_run
+from tierflow.scheduler import placement
+from tierflow.scheduler.plan import MemoryPlan
+from tierflow.swap import DebugMemory, Kind, Tier
+
+UNIT = 106496  # bytes of one layer of Stack(width=160), padded
+
+
+@pytest.fixture(autouse=True)
+def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Less staging memory than states: else there is room for these before there is any for weights."""
+    monkeypatch.setattr(placement, "PIECE_ELEMENTS", 1 << 12)
+
+
+def stack(dtype: torch.dtype = torch.float32) -> Stack:
+    return Stack(layers=32, width=160, dtype=dtype)
+
+
+def run(path: Path, place: str, dtype: torch.dtype = torch.float32, debug: DebugMemory | None = None, **block: Any) -> Any:
+    """(losses, states, plan, NVMe bytes of the last step)."""
+    made = tiny.config(place, path, clip=0.05, **block)
+    model, optimizer = tierflow.offload(stack(dtype), made, debug_memory=debug)
+    engine, losses = optimizer.engine, []
+    for seed in range(4):
+        losses.append(step(model, optimizer, seed))
+        engine.settle()
+        engine.manager.ledger.check()
+        moved = engine.take_report().traffic
+    for tier in (Tier.DEVICE, Tier.HOST):
+        pools = engine.manager.pools[tier]
+        apart = engine.manager.ledger.held(tier) - pools.resident.leased - pools.working.leased
+        assert 0 <= apart <= (engine.plan.window if tier is Tier.HOST else 0)
+    found = losses, states_of(engine), engine.plan, (moved.nvme_read, moved.nvme_written)
+    optimizer.close()
+    assert all(pool.leased == 0 for tier in (Tier.DEVICE, Tier.HOST) for pool in vars(engine.manager.pools[tier]).values())
+    return found
+
+
+def plan_of(place: str, dtype: torch.dtype = torch.float32, direct: bool = True, **block: Any) -> MemoryPlan:
+    """The plan alone; nothing is allocated."""
+    model = stack(dtype)
+    trained = {id(p) for p in model.parameters()}
+    return make_run(model, load_config(tiny.config(place, "/", 0.05, **block)), torch.device("cpu"), trained, None, direct=direct)[1]
+
+
+def caps(place: str, kind: Kind, **how: Any) -> dict[str, Any]:
+    """The least caps under which HOST keeps some of the kind."""
+    _, block = tiny.least(lambda caps: plan_of(place, **(how | caps)))
+    for _ in range(40):
+        if kind in {kept for _, kept in plan_of(place, **(how | block)).homes.kept}:
+            return block
+        block["host_memory"] += UNIT
+    raise AssertionError(block)
+
+
+@pytest.mark.parametrize("through_host", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_in_two_tiers(tmp_path: Path, dtype: torch.dtype, through_host: bool) -> None:
+    expected = run(tmp_path, "device", dtype)
+    base = caps("everything", Kind.PARAM, dtype=dtype, direct=not through_host)
+    for more in (0, 2 * UNIT):
+        debug = DebugMemory(random.Random(more), through_host)
+        block = base | {"host_memory": base["host_memory"] + more}
+        losses, states, plan, moved = run(tmp_path, "everything", dtype, debug, **block)
+        assert Kind.PARAM in {kind for _, kind in plan.homes.kept}
+        assert losses == expected[0] and tiny.same(states, expected[1])
+        assert moved[1] == plan.nvme_written
+
+
+def test_a_further_block_of_host_memory_takes_as_much_weight_off_the_drive() -> None:
+    base, block = caps("everything", Kind.PARAM), 1 << 14  # the grain of fp32 weights
+    found = [plan_of("everything", **(base | {"host_memory": base["host_memory"] + at})) for at in range(0, 2 * UNIT, block)]
+    on_nvme = [plan.resident[Tier.NVME, Kind.PARAM] for plan in found]
+    assert on_nvme == sorted(on_nvme, reverse=True)
+    assert all(abs(on_nvme[0] - n - at * block) < block for at, n in enumerate(on_nvme))
+
+
+@pytest.mark.parametrize("through_host", [False, True])
+def test_gradients_in_two_tiers(tmp_path: Path, through_host: bool) -> None:
+    """With all weights in memory, what room is left goes to gradients before states: accumulation moves them more often."""
+    expected = run(tmp_path, "device")
+    base, kept = caps("nvme", Kind.GRAD, gradients="auto"), 0
+    for more in (0, UNIT // 4, UNIT + UNIT // 2):
+        block = base | {"host_memory": base["host_memory"] + more, "gradients": "auto"}
+        losses, states, plan, moved = run(tmp_path, "nvme", debug=DebugMemory(random.Random(more), through_host), **block)
+        assert losses == expected[0] and tiny.same(states, expected[1])
+        assert moved[1] == plan.nvme_written
+        kept += any(kind is Kind.GRAD for _, kind in plan.homes.kept)
+    assert kept == 3
+
+
+def test_a_checkpoint_does_not_know_of_it(tmp_path: Path) -> None:
+    tight = caps("everything", Kind.PARAM)
+
+    def offload(**block: Any) -> Any:
+        return tierflow.offload(stack(), tiny.config("everything" if block else "device", tmp_path, **block))
+
+    model, optimizer = offload(**tight)
+    step(model, optimizer)
+    assert optimizer.engine.plan.homes.kept
+    expected = states_of(optimizer.engine)
+    tierflow.save_checkpoint(model, optimizer, tmp_path / "saved")
+    optimizer.close()
+    for block in ({}, tight):
+        model, optimizer = offload(**block)
+        tierflow.load_checkpoint(model, optimizer, tmp_path / "saved")
+        assert tiny.same(expected, states_of(optimizer.engine))
+        optimizer.close()
