@@ -94,10 +94,27 @@ class Homes:
 def choose_homes(
     units: list[Unit], placement: Placement, caps: Caps, together: Together, order: list[int]
 ) -> Homes:
-    """``order``: unit indices in order of use."""
-    tiers = {(u.index, kind): placement.home(kind) for u in units for kind in u.chunks}
+    """The homes that leave the drive least to do. ``order``: unit indices in order of use.
+
+    A byte of weights takes more off the drive than one of states. But once memory has all states, no update needs room on
+    their way, and weights get that.
+    """
     first = sorted(units, key=lambda u: order.index(u.index) if u.index in order else len(order))
-    homes = Homes(tiers)
+    found = [_fill_caps(units, first, placement, caps, together, all_states) for all_states in (False, True)]
+    return min(found, key=lambda homes: _traffic(homes, units))
+
+
+def _traffic(homes: Homes, units: list[Unit]) -> int:
+    """Bytes of a step to and from NVMe, nearly: weights are read twice and written, all else is read and written."""
+    on_nvme = {kind: n for (tier, kind), n in homes.resident(units).items() if tier is Tier.NVME}
+    return sum(n * (3 if kind is Kind.PARAM else 2) for kind, n in on_nvme.items())
+
+
+def _fill_caps(
+    units: list[Unit], first: list[Unit], placement: Placement, caps: Caps, together: Together, all_states: bool
+) -> Homes:
+    """``first``: the units in order of first use. ``all_states``: all of them come before weights, if there is room."""
+    homes = Homes({(u.index, kind): placement.home(kind) for u in units for kind in u.chunks})
 
     def room(tier: Tier) -> int:
         needs = needs_of(homes, units, placement, together)
@@ -107,24 +124,22 @@ def choose_homes(
     def weights_to(tier: Tier, slower: list[Unit]) -> None:
         _fill(homes, [[(u.index, Kind.PARAM)] for u in slower], tier, partial(room, tier))
 
-    def to_host() -> None:
-        """Weights by the unit, and then a part of what is left."""
+    def weights_to_host() -> None:
         weights_to(Tier.HOST, homes.from_nvme(first))
         _keep(homes, homes.from_nvme(first), Kind.PARAM, partial(room, Tier.HOST))
 
     weights_to(Tier.DEVICE, homes.streamed(first))
     _spill_gradients(homes, first, placement, caps, together)
-    weights_to(Tier.HOST, homes.from_nvme(first))
-    # before any part of the weights: where there is room for all of them, no update needs any on its way
-    _fill_all(homes, _states(homes, first, (Tier.NVME,)), Tier.HOST, partial(room, Tier.HOST))
-    to_host()
+    if all_states:
+        _fill_all(homes, _states(homes, first, (Tier.NVME,)), Tier.HOST, partial(room, Tier.HOST))
+    weights_to_host()
     if placement.gradients == "auto":
         _keep(homes, homes.spilled(first), Kind.GRAD, partial(room, Tier.HOST))
     on_device = () if homes.streamed(units) else (Tier.HOST, Tier.NVME) if placement.device_is_host else (Tier.NVME,)
     turns = [(Tier.DEVICE, on_device), (Tier.HOST, (Tier.NVME,))]
     for tier, slower in turns if placement.device_is_host else reversed(turns):
         _fill_with_states(homes, first, tier, slower, partial(room, tier))
-    to_host()
+    weights_to_host()
     return homes
 
 
@@ -206,16 +221,21 @@ def create_chunks(manager: Manager, units: list[Unit], homes: Homes) -> None:
 
 def needs_of(homes: Homes, units: list[Unit], placement: Placement, together: Together) -> Needs:
     """Working memory for what the homes leave to be moved."""
-    streamed = homes.streamed(units)
-    staged = [u for u in units if u.trainable and _stages(homes, u, placement)]
-    return working_needs(placement, together, streamed, homes.from_nvme(units), staged, {u.index for u in homes.spilled(units)})
+    staging = [(u, kinds) for u in units if (kinds := staged_kinds(homes, u, placement))]
+    return working_needs(placement, together, homes.streamed(units), homes.from_nvme(units), staging)
 
 
-def _stages(homes: Homes, unit: Unit, placement: Placement) -> bool:
-    """Whether the update brings anything of the unit to HOST."""
-    tiers = {tier for kind in (Kind.PARAM, *STATES) if kind in unit.chunks for tier, n in homes.parts(unit, kind) if n}
-    on_nvme = Tier.NVME in (homes.of_states(unit), homes.of(unit, Kind.GRAD))
-    return on_nvme or (Tier.DEVICE in tiers and not placement.device_is_host and placement.optimizer is not Tier.DEVICE)
+def staged_kinds(homes: Homes, unit: Unit, placement: Placement) -> list[Kind]:
+    """What an update may have to bring to HOST: what lives where no kernel reaches, if that is more than weights on NVMe,
+    which are brought up whole and updated then.
+    """
+    on_device = placement.device_is_host or placement.optimizer is Tier.DEVICE
+    far = (Tier.NVME,) if on_device else (Tier.NVME, Tier.DEVICE)
+    kinds = [kind for kind in unit.chunks if any(n and tier in far for tier, n in homes.parts(unit, kind))]
+    if not unit.trainable or (kinds == [Kind.PARAM] and homes.of(unit, Kind.PARAM) is Tier.NVME):
+        return []
+    # an update that may be undone keeps the old weights there
+    return [Kind.PARAM, *kinds] if placement.speculative and Kind.PARAM not in kinds else kinds
 
 
 def _stay(homes: Homes, units: list[Unit], tier: Tier) -> int:

@@ -5,7 +5,7 @@ All figures are bytes. Everything here is arithmetic over sizes: no tensor is ma
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from math import ceil
@@ -31,6 +31,7 @@ class Placement:
     direct: bool = True  # files are read into DEVICE memory itself
     rule: Rule = ADAM
     gradients: str = "auto"  # "host": they stay there; "nvme": none does; "auto": so many as there is room for
+    speculative: bool = False  # with second slots on NVMe, for updates that may be undone
 
     @property
     def grad(self) -> Tier:
@@ -117,17 +118,18 @@ class Together:
 
 
 def working_needs(
-    placement: Placement, together: Together, streamed: list[Unit], from_nvme: list[Unit], staged: list[Unit],
-    spilled: Collection[int] = (),
+    placement: Placement, together: Together, streamed: list[Unit], from_nvme: list[Unit],
+    staging: Sequence[tuple[Unit, Collection[Kind]]],
 ) -> Needs:  # fmt: skip
-    """``streamed``: units whose weights come and go; ``from_nvme``: those of them that live on NVMe; ``staged``: units of
-    which an update brings something to HOST; ``spilled``: indices of those whose gradients live on NVMe.
+    """``streamed``: units whose weights come and go; ``from_nvme``: those of them that live on NVMe; ``staging``: units of
+    which an update brings something to HOST, and those kinds.
     """
     coming = {u.index: u.chunk.nbytes for u in streamed}
+    staged = [unit for unit, _ in staging]
+    each = {unit.index: sum((unit.layouts[kind].bytes_per_element for kind in kinds), Fraction(0)) for unit, kinds in staging}
 
     def staged_bytes(unit: Unit) -> Fraction:
-        kinds = [layout for kind, layout in unit.layouts.items() if kind is not Kind.GRAD or unit.index in spilled]
-        return sum((layout.bytes_per_element for layout in kinds), Fraction(0))
+        return each[unit.index]
 
     def most(groups: list[list[Unit]]) -> int:
         return max((sum(coming.get(u.index, 0) for u in group) for group in groups), default=0)

@@ -88,17 +88,16 @@ def second_slots(unit: Unit, homes: Homes) -> list[Chunk]:
 
 
 def make_plan(
-    units: list[Unit], placement: Placement, caps: Caps, together: Together, order: list[int],
-    speculative: bool = False,
-) -> MemoryPlan:  # fmt: skip
+    units: list[Unit], placement: Placement, caps: Caps, together: Together, order: list[int]
+) -> MemoryPlan:
     """The plan, or DoesNotFit with the table and the settings that would do; its NVMe traffic is still to be counted.
 
-    ``order``: unit indices in order of use; ``speculative``: with second slots.
+    ``order``: unit indices in order of use.
     """
     homes = choose_homes(units, placement, caps, together, order)
     needs = needs_of(homes, units, placement, together)
     table = homes.resident(units)
-    spare = sum(c.nbytes for u in units for c in second_slots(u, homes)) if speculative else 0
+    spare = sum(c.nbytes for u in units for c in second_slots(u, homes)) if placement.speculative else 0
     stay = {t: sum(n for (tier, _), n in table.items() if tier is t) for t in Tier}
     stay[Tier.NVME] += spare
     stay[Tier.HOST] += homes.window(units)

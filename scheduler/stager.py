@@ -39,6 +39,7 @@ class Stager:
         self.manager, self.on_device, self._rule, self._spilled = manager, on_device, rule, spilled
         self.idle = idle or IdleGradients()
         self.kernel_seconds = 0.0
+        self._may_stage: dict[int, list[Chunk]] = {}  # by unit; homes stay what they are
         self._timeline = manager.timeline
         self._worker = ThreadPoolExecutor(1, "tierflow-update") if worker else None
 
@@ -83,8 +84,15 @@ class Stager:
 
     def most(self, unit: Unit, elements: int) -> int:
         """Bytes of staging memory that a piece of so many elements needs at most."""
-        chunks = kinds(unit) | ({Kind.GRAD: unit.chunks[Kind.GRAD]} if self.spilled(unit) else {})
-        return sum(chunk.bytes_of(elements) for chunk in chunks.values())
+        if unit.index not in self._may_stage:
+            self._may_stage[unit.index] = [chunk for kind, chunk in unit.chunks.items() if self._stays_far(unit, kind)]
+        return sum(chunk.bytes_of(elements) for chunk in self._may_stage[unit.index])
+
+    def _stays_far(self, unit: Unit, kind: Kind) -> bool:
+        """Whether any of the kind lives where no kernel reaches, or is kept while an update that may be undone runs."""
+        nvme, homes = self.manager.nvme, {self.manager.home(part) for part in unit.parts(kind)}
+        far = Tier.NVME in homes or (Tier.DEVICE in homes and not self.on_device)
+        return far or (kind is Kind.PARAM and any(nvme.has_spare(chunk) for chunk in unit.states))
 
     def _kept(self, job: Job) -> list[Kind]:
         """Kinds whose old values are in no other place while they are overwritten."""

@@ -304,6 +304,8 @@ class UpdateQueue:
         if not (self._states_may_wait and self._waiting):
             return None
         need = self._most(self._waiting[0].unit)
+        if not need:
+            return None
         free = self._free() if self._manager.pools[Tier.HOST].working.largest >= need else 0
         idle = self.stager.idle.free() if self.stager.idle.offers(need) else 0
         reading = sum(not piece.arrived() for piece in self._reading) + self.ahead.arriving()

@@ -221,11 +221,11 @@ def make_run(
         dtypes = {u.dtype for u in units if u.trainable}
         placement = Placement(
             choice[0], choice[1], pick_format(cfg, dtypes), _grad_dtype(cfg), device.type == "cpu",
-            direct and device.type == "cpu", rule or rule_of(cfg), cfg.tierflow.gradients,
+            direct and device.type == "cpu", rule or rule_of(cfg), cfg.tierflow.gradients, speculative,
         )  # fmt: skip
         make_chunks(units, {u.index: kinds_of(u, placement) for u in units}, ShardGeometry())
         try:
-            plan = _plan(model, units, placement, caps, device, cfg, speculative)
+            plan = _plan(model, units, placement, caps, device, cfg)
         except DoesNotFit as refused:
             error = refused
             continue
@@ -280,12 +280,11 @@ def _grad_dtype(cfg: Config) -> torch.dtype | None:
 
 
 def _plan(
-    model: nn.Module, units: list[Unit], placement: Placement, caps: Any, device: torch.device, cfg: Config,
-    speculative: bool,
-) -> MemoryPlan:  # fmt: skip
+    model: nn.Module, units: list[Unit], placement: Placement, caps: Any, device: torch.device, cfg: Config
+) -> MemoryPlan:
     order = default_order(model, units)
     together = Together(units_together(model, units), units_of_blocks(model, units))
-    plan = make_plan(units, placement, caps, together, order, speculative)
+    plan = make_plan(units, placement, caps, together, order)
     piece = cfg.tierflow.piece_elements
     if piece is not None:  # whole I/O blocks of every kind, and room for two pieces at once
         most = plan.piece_elements * plan.pieces_in_flight // 2 // plan.grain * plan.grain

@@ -91,26 +91,27 @@ def settings(model: nn.Module, spec: Spec) -> dict[str, Any]:
             "offload_param": {"device": param, "nvme_path": spec.folder},
             "offload_optimizer": {"device": optimizer, "nvme_path": spec.folder},
         },
-        "tierflow": own | caps(model, param, optimizer, gradients),
+        "tierflow": own | caps(model, param, optimizer, gradients, update=own["update"]),
     }
 
 
-def caps(model: nn.Module, param: str, optimizer: str, gradients: str = "host") -> dict[str, int]:
+def caps(model: nn.Module, param: str, optimizer: str, gradients: str = "host", update: str = "auto") -> dict[str, int]:
     """device_memory and host_memory in bytes: what lives there for good, and room to work, but none to cache.
 
     For states on NVMe that is a few staged pieces; for weights on NVMe the largest parameter and a few blocks on the
     device, and as much on the way there, which the update uses for its staging. Gradients on NVMe leave a window in host
-    memory for two of the largest.
+    memory for two of the largest. An update that may be undone keeps the old weights beside both moments.
     """
     every = FP32 * padded(model)
     weights = dict(model.named_parameters())
     largest = FP32 * max(p.numel() for p in weights.values())
     block = FP32 * max(padded(child) for m in model.modules() if isinstance(m, nn.ModuleList) for child in m)
-    staging = min(PIECES * PIECE, padded(model) // 5) * FP32 * 3  # the weight and both moments
+    kinds = 3 if param == "nvme" or update == "speculative" else 2  # the weight, and both moments
+    staging = min(PIECES * PIECE, padded(model) // 5) * FP32 * kinds
     if param == "nvme":
         host = every + max(largest, staging) + 2 * block
         if gradients == "nvme":
-            host = 2 * paged_bytes(largest) + max(largest, staging // 3 * 4) + 2 * block
+            host = 2 * paged_bytes(largest) + max(largest, staging // kinds * 4) + 2 * block
         return {"device_memory": largest + BLOCKS * block, "host_memory": host}
     if optimizer == "nvme":
         return {"device_memory": every, "host_memory": every + staging}
