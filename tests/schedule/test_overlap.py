@@ -13,8 +13,8 @@ from torch import nn
 
 import tierflow
 
-SECONDS = 1.5e-3  #: that the drive takes for each transfer
-COMPUTE = 12e-3  #: that a layer takes, each way
+SECONDS = 4e-3  #: that the drive takes for each transfer
+COMPUTE = 20e-3  #: that a layer takes, each way
 STEPS, WARM = 4, 3
 UNIT = 24576  #: bytes of a layer
 
@@ -22,14 +22,22 @@ UNIT = 24576  #: bytes of a layer
 class _Work(torch.autograd.Function):
     """Takes its time without the processor, as an accelerator's kernel would."""
 
+    spent = 0.0  #: seconds in all, which on a busy machine are more than were asked for
+
+    @staticmethod
+    def _rest() -> None:
+        began = time.perf_counter()
+        time.sleep(COMPUTE)
+        _Work.spent += time.perf_counter() - began
+
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        time.sleep(COMPUTE)
+        _Work._rest()
         return x.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        time.sleep(COMPUTE)
+        _Work._rest()
         return grad
 
 
@@ -63,21 +71,21 @@ def measure(path: Path, update: str) -> tuple[float, float]:
     for step in range(WARM + STEPS):
         if step == WARM:
             optimizer.engine.settle()
-            began, store.spent = time.perf_counter(), 0.0
+            began, store.spent, _Work.spent = time.perf_counter(), 0.0, 0.0
         optimizer.expect_step()
         model(x).backward()
         optimizer.step()
         optimizer.zero_grad()
     optimizer.engine.settle()
     took = time.perf_counter() - began
-    serial = store.spent + STEPS * 2 * len(model.layers) * COMPUTE
+    serial = store.spent + _Work.spent
     optimizer.close()
     return took, serial
 
 
 def best(path: Path, update: str, tries: int = 3) -> tuple[float, float]:
-    """The quickest of some, on a machine that others use."""
-    return min(measure(path, update) for _ in range(tries))
+    """That of some with the most overlap, on a machine that others use."""
+    return min((measure(path, update) for _ in range(tries)), key=lambda found: found[0] / found[1])
 
 
 def test_a_deferred_step_is_shorter_than_compute_and_drive_in_turn(tmp_path: Path) -> None:
