@@ -66,7 +66,7 @@ class DueUpdates:
 
     def newer_to_come(self, unit: Unit) -> bool:
         """Whether what a fetch would bring now is not what the unit's next use is to see."""
-        return self.queue.pending(unit) or self._holds(unit)
+        return not self.queue.may_fetch(unit) or self._holds(unit)
 
     def _holds(self, unit: Unit) -> bool:
         return self.speculation is not None and self.speculation.holds(unit)

@@ -21,7 +21,7 @@ from itertools import accumulate, count
 
 from tierflow.scheduler.placement import Caps, Needs, Placement, Together, working_needs
 from tierflow.scheduler.units import STATES, Unit
-from tierflow.swap import Kind, Manager, Tier, paged_bytes
+from tierflow.swap import Chunk, Kind, Manager, Tier, paged_bytes
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,9 @@ def choose_homes(
 
 
 def _traffic(homes: Homes, units: list[Unit]) -> int:
-    """Bytes of a step to and from NVMe, nearly: weights are read twice and written, all else is read and written."""
-    on_nvme = {kind: n for (tier, kind), n in homes.resident(units).items() if tier is Tier.NVME}
-    return sum(n * (3 if kind is Kind.PARAM else 2) for kind, n in on_nvme.items())
+    """Bytes of a step to and from NVMe, nearly: all is read and written, weights are read twice, frozen ones not written."""
+    twice = sum(homes.bytes_in(u, kind, Tier.NVME) for u in units for kind in u.chunks)
+    return 2 * twice + sum(homes.bytes_in(u, Kind.PARAM, Tier.NVME) for u in units if u.trainable)
 
 
 def _fill_caps(
@@ -234,8 +234,18 @@ def staged_kinds(homes: Homes, unit: Unit, placement: Placement) -> list[Kind]:
     kinds = [kind for kind in unit.chunks if any(n and tier in far for tier, n in homes.parts(unit, kind))]
     if not unit.trainable or (kinds == [Kind.PARAM] and homes.of(unit, Kind.PARAM) is Tier.NVME):
         return []
-    # an update that may be undone keeps the old weights there
-    return [Kind.PARAM, *kinds] if placement.speculative and Kind.PARAM not in kinds else kinds
+    # an update that may be undone keeps the old weights there, where memory has them
+    kept = placement.speculative and second_slots(unit, homes) and homes.of(unit, Kind.PARAM) is not Tier.NVME
+    return [Kind.PARAM, *kinds] if kept else kinds
+
+
+def second_slots(unit: Unit, homes: Homes) -> list[Chunk]:
+    """What an update of the unit overwrites, if it may run in the backward: its states are on NVMe, all of them, its weights
+    in one tier, and its gradient in memory.
+    """
+    if homes.of_states(unit) is not Tier.NVME or homes.split(unit) or homes.of(unit, Kind.GRAD) is Tier.NVME:
+        return []
+    return [chunk for kind, chunk in unit.chunks.items() if kind is not Kind.GRAD]
 
 
 def _stay(homes: Homes, units: list[Unit], tier: Tier) -> int:

@@ -11,10 +11,10 @@ from fractions import Fraction
 import torch
 
 from tierflow.cpu_adam.formats import resolve
-from tierflow.scheduler.homes import Homes, choose_homes, needs_of
-from tierflow.scheduler.placement import BUFFERS, PIECE_ELEMENTS, PIECES, Caps, DoesNotFit, Placement, Together
+from tierflow.scheduler.homes import Homes, choose_homes, needs_of, second_slots
+from tierflow.scheduler.placement import BUFFERS, PIECE_ELEMENTS, Caps, DoesNotFit, Placement, Together
 from tierflow.scheduler.units import STATES, Unit
-from tierflow.swap import IO_BYTES, Chunk, Kind, Tier
+from tierflow.swap import IO_BYTES, Kind, Tier
 
 #: Endurance that the table relates the writes to: a common consumer drive's rating.
 TBW_BYTES = 600 * 10**12
@@ -78,15 +78,6 @@ class MemoryPlan:
         return TBW_BYTES / self.nvme_written if self.nvme_written else float("inf")
 
 
-def second_slots(unit: Unit, homes: Homes) -> list[Chunk]:
-    """What an update of the unit overwrites, if it may run in the backward: its states are on NVMe, all of them, and its
-    gradient in memory.
-    """
-    if homes.of_states(unit) is not Tier.NVME or homes.split(unit) or homes.of(unit, Kind.GRAD) is Tier.NVME:
-        return []
-    return [chunk for kind, chunk in unit.chunks.items() if kind is not Kind.GRAD]
-
-
 def make_plan(
     units: list[Unit], placement: Placement, caps: Caps, together: Together, order: list[int]
 ) -> MemoryPlan:
@@ -130,8 +121,8 @@ def _below(nbytes: int) -> int:
 
 def _pieces(working: int, per_element: Fraction, grain: int) -> tuple[int, int]:
     """(elements of a piece, pieces in flight) that fit the host working pool; a piece is a multiple of ``grain``."""
-    if not per_element:
-        return PIECE_ELEMENTS, PIECES
+    if not per_element:  # but weights, where no use is to come: there is room for SPAN_BYTES
+        return PIECE_ELEMENTS, 2
     for least in (4, 2):
         fit = int(working // (least * per_element)) // grain * grain
         if fit >= 1 << 18:

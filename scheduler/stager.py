@@ -85,14 +85,15 @@ class Stager:
     def most(self, unit: Unit, elements: int) -> int:
         """Bytes of staging memory that a piece of so many elements needs at most."""
         if unit.index not in self._may_stage:
-            self._may_stage[unit.index] = [chunk for kind, chunk in unit.chunks.items() if self._stays_far(unit, kind)]
+            self._may_stage[unit.index] = self._stages_at_most(unit)
         return sum(chunk.bytes_of(elements) for chunk in self._may_stage[unit.index])
 
-    def _stays_far(self, unit: Unit, kind: Kind) -> bool:
-        """Whether any of the kind lives where no kernel reaches, or is kept while an update that may be undone runs."""
-        nvme, homes = self.manager.nvme, {self.manager.home(part) for part in unit.parts(kind)}
-        far = Tier.NVME in homes or (Tier.DEVICE in homes and not self.on_device)
-        return far or (kind is Kind.PARAM and any(nvme.has_spare(chunk) for chunk in unit.states))
+    def _stages_at_most(self, unit: Unit) -> list[Chunk]:
+        """What lives where no kernel reaches, and weights in memory that an update keeps until it can not be undone any more."""
+        manager, far = self.manager, (Tier.NVME,) if self.on_device else (Tier.NVME, Tier.DEVICE)
+        chunks = [c for kind, c in unit.chunks.items() if any(manager.home(part) in far for part in unit.parts(kind))]
+        undone = manager.home(unit.chunk) is not Tier.NVME and any(manager.nvme.has_spare(chunk) for chunk in unit.states)
+        return [unit.chunk, *chunks] if undone else chunks
 
     def _kept(self, job: Job) -> list[Kind]:
         """Kinds whose old values are in no other place while they are overwritten."""

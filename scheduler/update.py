@@ -77,6 +77,11 @@ class UpdateQueue:
         job = self._jobs.get(unit.index)
         return job is not None and not job.computed
 
+    def may_fetch(self, unit: Unit) -> bool:
+        """Whether a fetch of the unit brings what its next use is to see."""
+        job = self._jobs.get(unit.index)
+        return job is None or self._usable(job)
+
     def units(self) -> list[Unit]:
         """Units whose job has not ended."""
         return [job.unit for job in self._jobs.values()]
@@ -303,7 +308,7 @@ class UpdateQueue:
         """How many pieces are being read, or could be; None if that is no reason for anything to wait."""
         if not (self._states_may_wait and self._waiting):
             return None
-        need = self._most(self._waiting[0].unit)
+        need = next((most for job in self._waiting if (most := self._most(job.unit))), 0)
         if not need:
             return None
         free = self._free() if self._manager.pools[Tier.HOST].working.largest >= need else 0

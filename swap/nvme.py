@@ -11,7 +11,7 @@ from tierflow.aio import Extent
 from tierflow.swap.lanes import Done, Ticket
 from tierflow.swap.pool import Lease
 from tierflow.swap.timeline import Lane
-from tierflow.swap.types import Chunk, Tier
+from tierflow.swap.types import Chunk, Kind, Tier
 
 if TYPE_CHECKING:
     from tierflow.swap.manager import Manager
@@ -102,7 +102,7 @@ class NvmeHomes:
 
     def _copied(self, lane: Lane, chunk: Chunk, began: float, nbytes: int) -> None:
         manager = self._manager
-        if not manager.lane.direct:  # a copy within HOST, then, and none between HOST and DEVICE
+        if not manager.lane.direct or chunk.kind is not Kind.PARAM:  # a copy within HOST, and none to or from DEVICE
             return
         if lane is Lane.TO_DEVICE:
             manager.traffic.to_device += nbytes

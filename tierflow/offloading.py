@@ -21,10 +21,10 @@ from tierflow.fill import Source, fill, from_model
 from tierflow.loss_scale import LossScale
 from tierflow.optimizer import OffloadOptimizer, check_group, defaults_of, groups_of
 from tierflow.scheduler.engine import Engine
-from tierflow.scheduler.homes import create_chunks
+from tierflow.scheduler.homes import create_chunks, second_slots
 from tierflow.scheduler.memory import build_manager
 from tierflow.scheduler.placement import DoesNotFit, Placement, Together, kinds_of
-from tierflow.scheduler.plan import MemoryPlan, make_plan, second_slots, table_text
+from tierflow.scheduler.plan import MemoryPlan, make_plan, table_text
 from tierflow.scheduler.traffic import default_order, estimate
 from tierflow.scheduler.units import (
     ShardGeometry,

@@ -71,13 +71,14 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "PIECE_ELEMENTS", 1 << 12)
 
 
-def caps_for(place: str, case: tuple, path: Path) -> dict[str, Any]:
+def caps_for(place: str, case: tuple, path: Path, update: str = "auto") -> dict[str, Any]:
     """So little memory that what is on NVMe comes and goes; for "split" so much that it cuts a unit's states in two."""
     if place in ("device", "host"):
         return {}
     model = net(case)
     top = {name: value for name, value in config(path, place, case).items() if name in ("optimizer", "data_types")}
-    found = tiny.tight(model, {"split": "nvme"}.get(place, place), direct=False, top=top, optimizer_state=case[1])
+    block = {"optimizer_state": case[1], "update": update}
+    found = tiny.tight(model, {"split": "nvme"}.get(place, place), direct=False, top=top, **block)
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     for more in range(0, 4 << 20, 20 << 10) if place == "split" else ():
         split = found | {"host_memory": str(int(found["host_memory"]) + more)}
@@ -97,7 +98,7 @@ class Run:
 
     def __init__(self, path: Path, place: str, case: tuple, accumulation: int = 1, clip: float = 0.0, **block: Any):
         self.model, self.accumulation = net(case), accumulation
-        made = config(path, place, case, accumulation, clip, **(caps_for(place, case, path) | block))
+        made = config(path, place, case, accumulation, clip, **(caps_for(place, case, path, block.get("update", "auto")) | block))
         debug = DebugMemory(random.Random(1), through_host=True)
         self.engine = tierflow.initialize(self.model, made, debug_memory=debug)
         self.optimizer = self.engine.optimizer

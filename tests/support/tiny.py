@@ -93,7 +93,8 @@ def tight(
 
     def plan(caps: dict) -> object:
         wanted = load_config(config(placement, "/", 0.0, accumulation, **(block | caps)) | (top or {}))
-        return make_run(model, wanted, torch.device("cpu"), trained, None, direct=direct)
+        owned = block.get("update") == "speculative"
+        return make_run(model, wanted, torch.device("cpu"), trained, None, owned, direct)
 
     (units, _, _), caps = least(plan)
     if PLACEMENTS[placement][0] != "none":
