@@ -108,8 +108,9 @@ class Engine:
     def _make_updates(self, deferred: bool) -> DueUpdates:
         plan, has_none = self.plan, self.device.type == "cpu"  # no accelerator
         idle = IdleGradients(self.manager.pools[Tier.HOST].working.debug)
-        on_device = has_none or plan.placement.optimizer is Tier.DEVICE
-        stager = Stager(self.manager, on_device, not has_none, plan.placement.rule, idle, self.spilled)
+        stager = Stager(
+            self.manager, plan.placement.kernels_reach_device, not has_none, plan.placement.rule, idle, self.spilled
+        )
         queue = UpdateQueue(
             stager, plan.piece_elements, plan.pieces_in_flight, self._victims_beyond, self._in_turn, plan.landing(self.units)
         )

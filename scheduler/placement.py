@@ -5,7 +5,7 @@ All figures are bytes. Everything here is arithmetic over sizes: no tensor is ma
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from fractions import Fraction
 from math import ceil
@@ -38,7 +38,12 @@ class Placement:
         """Gradients are where the update runs, unless they spill (`homes.py`)."""
         return Tier.DEVICE if self.optimizer is Tier.DEVICE else Tier.HOST
 
-    def home(self, kind: Kind, trainable: bool = True) -> Tier:
+    @property
+    def kernels_reach_device(self) -> bool:
+        """Whether the update's kernels work on DEVICE memory."""
+        return self.device_is_host or self.optimizer is Tier.DEVICE
+
+    def home(self, kind: Kind) -> Tier:
         """The permanent tier of a kind."""
         if kind is Kind.PARAM:
             return self.param
@@ -117,19 +122,27 @@ class Together:
     blocks: list[list[Unit]]
 
 
+def staged_kinds(
+    unit: Unit, tiers: Callable[[Kind], Collection[Tier]], reach_device: bool, undoable: bool
+) -> list[Kind]:
+    """What an update of the unit may have in staging memory; a kind twice, if it is there twice.
+
+    ``tiers``: where a kind lives. ``reach_device``: whether kernels work on DEVICE memory. ``undoable``: the unit has second
+    slots, and the old weights are kept where memory has them.
+    """
+    far = (Tier.NVME,) if reach_device else (Tier.NVME, Tier.DEVICE)
+    kinds = [kind for kind in unit.chunks if any(tier in far for tier in tiers(kind))]
+    return [Kind.PARAM, *kinds] if undoable and Tier.NVME not in tiers(Kind.PARAM) else kinds
+
+
 def working_needs(
     placement: Placement, together: Together, streamed: list[Unit], from_nvme: list[Unit],
-    staging: Sequence[tuple[Unit, Collection[Kind]]],
+    staging: list[tuple[Unit, Fraction]],
 ) -> Needs:  # fmt: skip
     """``streamed``: units whose weights come and go; ``from_nvme``: those of them that live on NVMe; ``staging``: units of
-    which an update brings something to HOST, and those kinds.
+    which an update brings something to HOST, and bytes of that per element.
     """
     coming = {u.index: u.chunk.nbytes for u in streamed}
-    staged = [unit for unit, _ in staging]
-    each = {unit.index: sum((unit.layouts[kind].bytes_per_element for kind in kinds), Fraction(0)) for unit, kinds in staging}
-
-    def staged_bytes(unit: Unit) -> Fraction:
-        return each[unit.index]
 
     def most(groups: list[list[Unit]]) -> int:
         return max((sum(coming.get(u.index, 0) for u in group) for group in groups), default=0)
@@ -137,12 +150,12 @@ def working_needs(
     least = most(together.pinned)
     ahead = sum(sorted(coming.values())[-BUFFERS:])
     landing = [0] if placement.direct else sorted(u.chunk.nbytes for u in from_nvme)
-    grain = max((u.grain for u in staged), default=IO_BYTES)
+    grain = max((u.grain for u, _ in staging), default=IO_BYTES)
     # norms and biases, exact beside matrices in a lossy format, go in one piece each: they do not set the others' size
-    cut = [u for u in staged if not u.exact or u.chunk.numel > grain] or staged
-    per_element = max((staged_bytes(u) for u in cut), default=Fraction(0))
-    largest = max((u.chunk.numel for u in cut), default=0)
-    smallest = max((staged_bytes(u) * min(max(u.chunk.numel, u.grain), grain) for u in staged), default=0)
+    cut = [(u, each) for u, each in staging if not u.exact or u.chunk.numel > grain] or staging
+    per_element = max((each for _, each in cut), default=Fraction(0))
+    largest = max((u.chunk.numel for u, _ in cut), default=0)
+    smallest = max((each * min(max(u.chunk.numel, u.grain), grain) for u, each in staging), default=0)
     # weights get to NVMe and are read by value through HOST, though nothing may be staged there or land
     through = max((u.chunk.nbytes for u in from_nvme), default=0)
     host_least = max(max(landing, default=0), 2 * ceil(smallest), min(through, IO_BYTES))

@@ -11,7 +11,8 @@ from fractions import Fraction
 import torch
 
 from tierflow.cpu_adam.formats import resolve
-from tierflow.scheduler.homes import Homes, choose_homes, needs_of, second_slots
+from tierflow.scheduler.choice import choose_homes
+from tierflow.scheduler.homes import Homes, needs_of, second_slots
 from tierflow.scheduler.placement import BUFFERS, PIECE_ELEMENTS, Caps, DoesNotFit, Placement, Together
 from tierflow.scheduler.units import STATES, Unit
 from tierflow.swap import IO_BYTES, Kind, Tier
@@ -89,9 +90,8 @@ def make_plan(
     needs = needs_of(homes, units, placement, together)
     table = homes.resident(units)
     spare = sum(c.nbytes for u in units for c in second_slots(u, homes)) if placement.speculative else 0
-    stay = {t: sum(n for (tier, _), n in table.items() if tier is t) for t in Tier}
+    stay = {t: homes.stay(units, t) for t in Tier}
     stay[Tier.NVME] += spare
-    stay[Tier.HOST] += homes.window(units)
     least = {Tier.DEVICE: _whole(needs.device_min), Tier.HOST: _whole(needs.host_min), Tier.NVME: 0}
     useful = {Tier.DEVICE: sum(u.chunk.nbytes for u in homes.streamed(units)), Tier.HOST: needs.host_good}
     room = {t: caps.of(t) - stay[t] for t in Tier}
@@ -121,7 +121,7 @@ def _below(nbytes: int) -> int:
 
 def _pieces(working: int, per_element: Fraction, grain: int) -> tuple[int, int]:
     """(elements of a piece, pieces in flight) that fit the host working pool; a piece is a multiple of ``grain``."""
-    if not per_element:  # but weights, where no use is to come: there is room for SPAN_BYTES
+    if not per_element:  # at most weights that no use brings up whole, and HOST has SPAN_BYTES for those
         return PIECE_ELEMENTS, 2
     for least in (4, 2):
         fit = int(working // (least * per_element)) // grain * grain

@@ -13,6 +13,7 @@ from tierflow.scheduler.gradients import GradSlot
 from tierflow.scheduler.idle import IdleGradients
 from tierflow.scheduler.jobs import Job, Piece, kinds, segments
 from tierflow.scheduler.param_step import ParamStep
+from tierflow.scheduler.placement import staged_kinds
 from tierflow.scheduler.spill import SpilledGradients
 from tierflow.scheduler.units import STATES, Slot, Unit
 from tierflow.swap import Chunk, Kind, Lane, Manager, Ticket, Tier
@@ -39,7 +40,7 @@ class Stager:
         self.manager, self.on_device, self._rule, self._spilled = manager, on_device, rule, spilled
         self.idle = idle or IdleGradients()
         self.kernel_seconds = 0.0
-        self._may_stage: dict[int, list[Chunk]] = {}  # by unit; homes stay what they are
+        self._may_stage: dict[int, list[Chunk]] = {}  # by unit index, what may be in staging memory
         self._timeline = manager.timeline
         self._worker = ThreadPoolExecutor(1, "tierflow-update") if worker else None
 
@@ -85,15 +86,12 @@ class Stager:
     def most(self, unit: Unit, elements: int) -> int:
         """Bytes of staging memory that a piece of so many elements needs at most."""
         if unit.index not in self._may_stage:
-            self._may_stage[unit.index] = self._stages_at_most(unit)
+            undoable = any(self.manager.nvme.has_spare(chunk) for chunk in unit.states)
+            kinds = staged_kinds(
+                unit, lambda kind: [self.manager.home(p) for p in unit.parts(kind)], self.on_device, undoable
+            )
+            self._may_stage[unit.index] = [unit.chunks[kind] for kind in kinds]
         return sum(chunk.bytes_of(elements) for chunk in self._may_stage[unit.index])
-
-    def _stages_at_most(self, unit: Unit) -> list[Chunk]:
-        """What lives where no kernel reaches, and weights in memory that an update keeps until it can not be undone any more."""
-        manager, far = self.manager, (Tier.NVME,) if self.on_device else (Tier.NVME, Tier.DEVICE)
-        chunks = [c for kind, c in unit.chunks.items() if any(manager.home(part) in far for part in unit.parts(kind))]
-        undone = manager.home(unit.chunk) is not Tier.NVME and any(manager.nvme.has_spare(chunk) for chunk in unit.states)
-        return [unit.chunk, *chunks] if undone else chunks
 
     def _kept(self, job: Job) -> list[Kind]:
         """Kinds whose old values are in no other place while they are overwritten."""

@@ -17,6 +17,7 @@ from dataclasses import replace
 from tierflow.scheduler.jobs import Job, Piece, foreseen, spans
 from tierflow.scheduler.read_ahead import ReadAhead
 from tierflow.scheduler.stager import Stager
+from tierflow.scheduler.staging_room import StagingRoom
 from tierflow.scheduler.units import Unit
 from tierflow.scheduler.write_behind import WriteBehind
 from tierflow.swap import CapacityError, Chunk, CopyState, Lane, Lease, Tier
@@ -47,7 +48,8 @@ class UpdateQueue:
     ):  # fmt: skip
         self.stager, self.piece_elements, self.depth = stager, piece_elements, depth
         self._in_turn = in_turn
-        self._manager, self._victims, self._landing = stager.manager, victims, landing
+        self._manager, self._victims = stager.manager, victims
+        self._staging = StagingRoom(stager, piece_elements, landing)
         self._waiting: deque[Job] = deque()  # some piece was not begun
         self._jobs: dict[int, Job] = {}  # not ended, by unit
         self._reading: deque[Piece] = deque()
@@ -55,7 +57,7 @@ class UpdateQueue:
         self._writing = WriteBehind(stager, self._room_to_read, self._weights_written, self._ended)
         self._resting = False
         self._states_may_wait = False  # for their write, with memory to spare
-        self.ahead = ReadAhead(stager, self._cut, self._free)
+        self.ahead = ReadAhead(stager, self._cut, self._staging.free)
         self._manager.on_lost = self._lost
 
     # ---- what is due
@@ -292,29 +294,15 @@ class UpdateQueue:
         pieces = (*self._reading, *self._computing, *self._writing)
         if sum(not piece.borrowed for piece in pieces) + foreseen < self.depth:
             return True
-        need = self._most(unit)
-        more = self._states_may_wait and not self._landing and self._free() >= need  # that serves copies of weights
-        return more or self.stager.idle.offers(need)
-
-    def _most(self, unit: Unit) -> int:
-        """Bytes of staging memory that a piece of the unit needs at most."""
-        return self.stager.most(unit, min(self.piece_elements, unit.chunk.numel))
-
-    def _free(self) -> int:
-        """Bytes of HOST that nobody has, and weights on their way up do not need."""
-        return self._manager.pools[Tier.HOST].working.free - self._landing
+        return self._staging.offers(unit, self._states_may_wait)
 
     def _room_to_read(self) -> int | None:
         """How many pieces are being read, or could be; None if that is no reason for anything to wait."""
-        if not (self._states_may_wait and self._waiting):
+        next_staged = next((job.unit for job in self._waiting if self._staging.most(job.unit)), None)
+        if not self._states_may_wait or next_staged is None:
             return None
-        need = next((most for job in self._waiting if (most := self._most(job.unit))), 0)
-        if not need:
-            return None
-        free = self._free() if self._manager.pools[Tier.HOST].working.largest >= need else 0
-        idle = self.stager.idle.free() if self.stager.idle.offers(need) else 0
         reading = sum(not piece.arrived() for piece in self._reading) + self.ahead.arriving()
-        return reading + max(free, 0) // need + idle // need
+        return reading + self._staging.pieces(next_staged)
 
     def _begin_job(self, job: Job, must: bool) -> bool:
         manager, chunk = self._manager, job.unit.chunk

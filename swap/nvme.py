@@ -56,17 +56,14 @@ class NvmeHomes:
     def read(self, chunk: Chunk, dst: torch.Tensor, begin: int = 0, spare: bool = False) -> Ticket:
         """Starts reading ``dst.nbytes`` bytes at byte ``begin`` of the chunk's home (or second slot) into memory."""
         manager, began = self._manager, time.perf_counter()
-        kept = self._kept_bytes(chunk, begin, dst.nbytes)
-        if kept is not None:
-            dst[: kept.nbytes].copy_(kept)
-            self._copied(Lane.TO_DEVICE, chunk, began, kept.nbytes)
-            dst, begin = dst[kept.nbytes :], begin + kept.nbytes
-            if not dst.nbytes:
-                return Done(began)
+        done = self._copy_kept(Lane.TO_DEVICE, chunk, dst, begin)
+        if done == dst.nbytes:
+            return Done(began)
         assert manager.store is not None
-        manager.traffic.nvme_read += dst.nbytes
-        ticket = manager.store.read(dst, self._offset(chunk, begin, spare))
-        manager.timeline.follow(Lane.READ, manager.timeline.name(chunk.id), ticket.times, dst.nbytes)
+        rest = dst[done:]
+        manager.traffic.nvme_read += rest.nbytes
+        ticket = manager.store.read(rest, self._offset(chunk, begin + done, spare))
+        manager.timeline.follow(Lane.READ, manager.timeline.name(chunk.id), ticket.times, rest.nbytes)
         return ticket
 
     def write(
@@ -77,30 +74,31 @@ class NvmeHomes:
         ``urgent``: the memory is wanted for something else.
         """
         manager, began = self._manager, time.perf_counter()
-        kept = self._kept_bytes(chunk, begin, src.nbytes)
-        if kept is not None:
-            kept.copy_(src[: kept.nbytes])
-            self._copied(Lane.TO_HOST, chunk, began, kept.nbytes)
-            src, begin = src[kept.nbytes :], begin + kept.nbytes
-            if not src.nbytes:
-                return Done(began)
+        done = self._copy_kept(Lane.TO_HOST, chunk, src, begin)
+        if done == src.nbytes:
+            return Done(began)
         assert manager.store is not None
-        manager.traffic.nvme_written += src.nbytes
-        ticket = manager.store.write(src, self._offset(chunk, begin, spare), urgent=urgent)
-        manager.timeline.follow(Lane.WRITE, manager.timeline.name(chunk.id), ticket.times, src.nbytes)
+        rest = src[done:]
+        manager.traffic.nvme_written += rest.nbytes
+        ticket = manager.store.write(rest, self._offset(chunk, begin + done, spare), urgent=urgent)
+        manager.timeline.follow(Lane.WRITE, manager.timeline.name(chunk.id), ticket.times, rest.nbytes)
         return ticket
 
-    def _kept_bytes(self, chunk: Chunk, begin: int, nbytes: int) -> torch.Tensor | None:
-        """What HOST keeps of these bytes of a home: the first of them, if any."""
+    def _copy_kept(self, lane: Lane, chunk: Chunk, data: torch.Tensor, begin: int) -> int:
+        """Copies what HOST keeps of the home's bytes from ``begin`` on, from there (TO_DEVICE) or to it: the first of
+        ``data``, if any. Returns how many bytes that were.
+        """
         lease = self._kept.get(chunk.id)
-        return None if lease is None or begin >= lease.nbytes else lease.bytes()[begin : begin + nbytes]
+        if lease is None or begin >= lease.nbytes:
+            return 0
+        began = time.perf_counter()
+        kept = lease.bytes()[begin : begin + data.nbytes]
+        part = data[: kept.nbytes]
+        part.copy_(kept) if lane is Lane.TO_DEVICE else kept.copy_(part)
+        self._note(lane, chunk, began, kept.nbytes)
+        return kept.nbytes
 
-    def _offset(self, chunk: Chunk, begin: int, spare: bool) -> int:
-        """Where in the store byte ``begin`` of the chunk is."""
-        kept = self._kept.get(chunk.id)
-        return (self._spares if spare else self._extents)[chunk.id].offset + begin - (kept.nbytes if kept else 0)
-
-    def _copied(self, lane: Lane, chunk: Chunk, began: float, nbytes: int) -> None:
+    def _note(self, lane: Lane, chunk: Chunk, began: float, nbytes: int) -> None:
         manager = self._manager
         if not manager.lane.direct or chunk.kind is not Kind.PARAM:  # a copy within HOST, and none to or from DEVICE
             return
@@ -109,6 +107,11 @@ class NvmeHomes:
         else:
             manager.traffic.to_host += nbytes
         manager.timeline.span(lane, manager.timeline.name(chunk.id), began, nbytes=nbytes)
+
+    def _offset(self, chunk: Chunk, begin: int, spare: bool) -> int:
+        """Where in the store byte ``begin`` of the chunk is."""
+        kept = self._kept.get(chunk.id)
+        return (self._spares if spare else self._extents)[chunk.id].offset + begin - (kept.nbytes if kept else 0)
 
     def close(self) -> None:
         """Gives back what memory keeps; the store goes with its manager."""

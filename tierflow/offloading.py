@@ -212,7 +212,7 @@ def make_run(
     caps = make_caps(cfg, device, paths, io_options.get("weights", ()))
     error: DoesNotFit | None = None
     update = cfg.tierflow.update if owned_loop else "deferred"
-    candidates = ((c, slots) for c in _candidates(param, optim) for slots in _second_slots(update, device, c[0]))
+    candidates = ((c, s) for c in _candidates(param, optim) for s in _speculative_or_not(update, device, c[0]))
     for choice, speculative in candidates:
         if Tier.NVME in choice and not paths:
             continue
@@ -235,7 +235,7 @@ def make_run(
     raise error
 
 
-def _second_slots(update: str, device: torch.device, param: Tier) -> tuple[bool, ...]:
+def _speculative_or_not(update: str, device: torch.device, param: Tier) -> tuple[bool, ...]:
     """Whether the plan has second slots, for updates in the backward: what is wanted most comes first.
 
     "auto" has them on an accelerator alone: where the processor computes the backward too, deferring was the faster

@@ -41,7 +41,7 @@ def test_updates_in_the_backward_count(tmp_path: Path, placement: str, model: st
 def test_clipping_that_bites_after_quiet_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     placement = "everything"  # "auto" defers where weights are in memory, and by itself without an accelerator
     assert not check(Case(placement=placement, update="auto", clip=50.0, steps=PATIENCE + 4), tmp_path).committed
-    monkeypatch.setattr(offloading, "_second_slots", lambda *_: (True, False))
+    monkeypatch.setattr(offloading, "_speculative_or_not", lambda *_: (True, False))
     quiet = Case(placement=placement, update="auto", clip=50.0, steps=PATIENCE + 4)
     seen = check(quiet, tmp_path)
     assert seen.committed > 0 and seen.undone == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 
 import tierflow
 from tierflow.scheduler.contents import read_bytes
+from tierflow.scheduler.plan import MemoryPlan
 from tierflow.swap import DebugMemory, Kind
 
 ROOT = Path(__file__).parents[2]
@@ -61,6 +63,28 @@ def states_of(engine: Any) -> dict[str, torch.Tensor]:
                     span = begin, begin + chunk.bytes_of(slot.numel)
                     found[f"{slot.names[0]}.{kind.value}"] = read_bytes(engine.manager, unit, kind, *span, engine.victims())
     return found
+
+
+def checkpoint_into_other_caps(path: Path, place: str, model: Callable[[], Stack], tight: dict[str, int]) -> MemoryPlan:
+    """Saves a checkpoint under ``tight`` caps and loads it with all on the device and under the same; every bit must be back.
+
+    Returns the plan under the tight caps.
+    """
+
+    def offloaded(block: dict[str, int]) -> Any:
+        return tierflow.offload(model(), tiny.config(place if block else "device", path, **block))
+
+    made, optimizer = offloaded(tight)
+    step(made, optimizer)
+    plan, expected = optimizer.engine.plan, states_of(optimizer.engine)
+    tierflow.save_checkpoint(made, optimizer, path / "saved")
+    optimizer.close()
+    for block in ({}, tight):
+        made, optimizer = offloaded(block)
+        tierflow.load_checkpoint(made, optimizer, path / "saved")
+        assert tiny.same(expected, states_of(optimizer.engine))
+        optimizer.close()
+    return plan
 
 
 @dataclass
