@@ -22,9 +22,10 @@ from tierflow.cpu_adam.formats import StateFormat, resolve
 from tierflow.cpu_adam.rules import ADAM, Hyper, Rule
 from tierflow.scheduler.placement import Placement, format_of
 from tierflow.scheduler.rates import NEVER, Bandwidths
+from tierflow.scheduler.stager import DEVICE_ELEMENTS
 from tierflow.scheduler.units import Unit
 from tierflow.swap import IO_BYTES, Arena, Tier
-from tierflow.swap.lanes import finish
+from tierflow.swap.lanes import copy_pinned, finish
 
 #: Bytes of the probe's file, and of one transfer, and how many of these are under way at once.
 FILE_BYTES = 256 << 20
@@ -171,8 +172,8 @@ def _copies(device: torch.device, memory: torch.Tensor) -> tuple[float, float]:
     register(pinned, device)
     here = pinned.bytes_at(0, half)
     try:
-        up = _repeat(lambda: there.copy_(here, non_blocking=True), half, device)
-        return up, _repeat(lambda: here.copy_(there, non_blocking=True), half, device)
+        up = _repeat(lambda: copy_pinned(there, here), half, device)
+        return up, _repeat(lambda: copy_pinned(here, there), half, device)
     finally:
         torch.cuda.synchronize(device)
         pinned.close()
@@ -181,8 +182,9 @@ def _copies(device: torch.device, memory: torch.Tensor) -> tuple[float, float]:
 def _update(paths: Paths) -> float:
     """Elements per second of the update's kernel in the run's format."""
     device = paths.device if paths.update_on_device else torch.device("cpu")
-    grad = torch.full((_ELEMENTS,), 0.5, dtype=paths.grad_dtype, device=device)
-    kinds = {k.name: torch.zeros(k.numel(_ELEMENTS), dtype=k.dtype, device=device) for k in paths.format.kinds(paths.rule)}
+    size = _ELEMENTS if device.type == "cpu" else DEVICE_ELEMENTS
+    grad = torch.full((size,), 0.5, dtype=paths.grad_dtype, device=device)
+    kinds = {k.name: torch.zeros(k.numel(size), dtype=k.dtype, device=device) for k in paths.format.kinds(paths.rule)}
     moments = {name: kinds[name] for name in paths.rule.moments}
     step: Callable[..., None] = kernels.rule_step if device.type == "cpu" else reference.rule_step
 
@@ -190,7 +192,7 @@ def _update(paths: Paths) -> float:
         step(paths.rule, kinds["param"], grad, moments, hyper=Hyper(1, lr=1e-3, weight_decay=0.01),
              master=kinds.get("master"), scale=kinds.get("scale"))  # fmt: skip
 
-    return _repeat(run, _ELEMENTS, device)
+    return _repeat(run, size, device)
 
 
 def _intake(paths: Paths) -> float:

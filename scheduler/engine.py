@@ -106,11 +106,10 @@ class Engine:
         return any(self.plan.homes.of_states(u) is Tier.NVME for u in self.units)
 
     def _make_updates(self, deferred: bool) -> DueUpdates:
-        plan, has_none = self.plan, self.device.type == "cpu"  # no accelerator
+        plan = self.plan
         idle = IdleGradients(self.manager.pools[Tier.HOST].working.debug)
-        stager = Stager(
-            self.manager, plan.placement.kernels_reach_device, not has_none, plan.placement.rule, idle, self.spilled
-        )
+        on_device = plan.placement.kernels_reach_device  # where an accelerator updates, that is work of the current stream
+        stager = Stager(self.manager, on_device, not on_device, plan.placement.rule, idle, self.spilled)
         queue = UpdateQueue(
             stager, plan.piece_elements, plan.pieces_in_flight, self._victims_beyond, self._in_turn, plan.landing(self.units)
         )
@@ -417,5 +416,3 @@ class Engine:
         self.updates.stager.idle.close()
         self.gradients.close()
         self.manager.close()
-        for tier in (Tier.DEVICE, Tier.HOST):
-            self.manager.pools[tier].resident.arena.close()

@@ -58,7 +58,8 @@ class ManagedGrad(torch.Tensor):
     def materialize(self) -> torch.Tensor:
         """A copy of the gradient as an ordinary tensor on the parameter's device."""
         self._slot.settle()
-        return self._slot.unscaled(self._memory).to(device=self.device, dtype=self.dtype, copy=True)
+        copy = self._slot.unscaled(self._memory).to(dtype=self.dtype, copy=True)  # on its own: no copy may cross registrations
+        return copy.to(device=self.device)
 
     def numpy(self, *, force: bool = False) -> Any:
         """A copy as a numpy array."""
@@ -150,7 +151,7 @@ def _on_memory(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             spilled.let_go()
     # a dtype that was asked for is the result's; else it has the gradient's where it was computed in the memory's
     own = None if kwargs.get("dtype") is not None else data[id(first)].dtype
-    return _wrap(result, handles, data, own)
+    return _wrap(result, handles, data, own, kwargs.get("device"))
 
 
 def _one_by_one(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -178,7 +179,10 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[M
     return [a for a in tree_flatten(written)[0] if isinstance(a, ManagedGrad)]
 
 
-def _wrap(result: Any, handles: list[ManagedGrad], data: dict[int, torch.Tensor], own: torch.dtype | None) -> Any:
+def _wrap(
+    result: Any, handles: list[ManagedGrad], data: dict[int, torch.Tensor], own: torch.dtype | None, device: Any
+) -> Any:
+    """``own``: the dtype that becomes the gradient's; ``device``: what was asked for, instead of the gradient's."""
     first = handles[0]
     leaves, spec = tree_flatten(result)
     for i, leaf in enumerate(leaves):
@@ -192,7 +196,7 @@ def _wrap(result: Any, handles: list[ManagedGrad], data: dict[int, torch.Tensor]
             leaves[i] = ManagedGrad(owner._slot, leaf, first.dtype, first.device)
         else:
             dtype = first.dtype if leaf.dtype == own else leaf.dtype
-            leaves[i] = leaf.to(device=first.device, dtype=dtype)
+            leaves[i] = leaf.to(device=device or first.device, dtype=dtype)
     return tree_unflatten(leaves, spec)
 
 

@@ -146,6 +146,11 @@ class GradSlot:
 
         return take
 
+    @property
+    def transfer(self) -> Ticket | None:
+        """The gradient's way from the device, if it has not been waited for."""
+        return self._transfer
+
     def finish_transfer(self) -> None:
         """Waits until the gradient has crossed."""
         if self._transfer is not None:

@@ -69,6 +69,12 @@ class Piece:
     sent: bool = False  # the write of its states has begun, if they have one
     _arrived: bool = False
 
+    def await_gradients(self) -> None:
+        """What of its gradients is still on its way from the device is read like all else."""
+        crossing = [grad.transfer for _, _, _, grad, _ in segments(self.job, self.begin, self.end)]
+        self.reads += [ticket for ticket in crossing if ticket is not None]
+        self._arrived = False
+
     def arrived(self) -> bool:
         """Whether all that was to be read is there."""
         self._arrived = self._arrived or all(ticket.done() for ticket in self.reads)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -87,7 +88,15 @@ def register(arena: Arena, device: torch.device, cudart: Any = None) -> str | No
                 return _refused(code)
             done.append(begin)
             begin += size
-    arena.on_close(lambda: _unregister(cudart, done))
+
+    def release() -> None:
+        if done and torch.cuda.is_initialized():  # the device may be at work there
+            torch.cuda.synchronize(device)
+        _unregister(cudart, done)
+
+    arena.on_close(release)
+    # the driver would keep the pages of an engine that is dropped without close(), for whoever gets its addresses next
+    weakref.finalize(arena, release).atexit = False
     return None
 
 

@@ -22,7 +22,7 @@ from tierflow.swap.manager import Victims
 from tierflow.swap.timeline import Inline
 
 #: Elements that torch's operators update at a time on an accelerator: their fp64 intermediates are that long.
-_DEVICE_ELEMENTS = 1 << 21
+DEVICE_ELEMENTS = 1 << 21
 
 
 class Stager:
@@ -186,7 +186,7 @@ class Stager:
             memory = grad.memory.view(-1)[begin - slot.offset : end - slot.offset]
         on_host = memory.device.type == "cpu"
         step = kernels.rule_step if on_host else reference.rule_step
-        size = end - begin if on_host else _DEVICE_ELEMENTS
+        size = end - begin if on_host else DEVICE_ELEMENTS
         for low in range(begin, end, size):
             high = min(low + size, end)
             here = {k: _part(unit, k, t, low - piece.begin, high - piece.begin) for k, t in piece.tensors.items()}
@@ -255,7 +255,7 @@ class Stager:
             try:
                 data = lease.bytes()[: end - begin]
                 finish(manager.nvme.read(chunk, data, begin, spare=True))
-                home[begin:end].copy_(data)
+                finish(manager.lane.fill(home[begin:end], data))
             finally:
                 manager.drop_scratch(Tier.HOST, lease)
         manager.wrote(chunk, manager.home(chunk))

@@ -281,6 +281,7 @@ class UpdateQueue:
                 return False
             self._stage_weights(job)
             return self._begin(must)
+        piece.await_gradients()
         self._reading.append(piece)
         job.todo.pop(0)
         if not job.todo:
@@ -364,7 +365,10 @@ class UpdateQueue:
         piece = self._reading[0]
         finish_all(piece.reads)
         if piece.job.tier is not None:
-            self._manager.wrote(piece.job.unit.chunk, piece.job.tier)
+            chunk = piece.job.unit.chunk
+            if piece.job.tier is self._manager.home(chunk):  # a copy may still be read from there
+                self._manager.fetches.settle_chunk(chunk)
+            self._manager.wrote(chunk, piece.job.tier)
         self.stager.compute(piece)
         self._computing.append(self._reading.popleft())
         return True

@@ -7,6 +7,7 @@ import ctypes
 import mmap
 import os
 import re
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -124,8 +125,9 @@ class CudaArena:
         # allocator rounds blocks of this size to 2 MiB; the ledger counts what is leased
         with torch.inference_mode(False):
             self._base: torch.Tensor | None = torch.zeros(nbytes, dtype=torch.uint8, device=device)
-        if nbytes:  # every stream may use the arena from here on
+        if nbytes:  # every stream may use the arena from here on, and may still do so when it is dropped without close()
             torch.cuda.current_stream(device).synchronize()
+            weakref.finalize(self, torch.cuda.synchronize, device).atexit = False
 
     def bytes_at(self, offset: int, nbytes: int) -> torch.Tensor:
         """A uint8 tensor of ``nbytes`` at ``offset`` with a storage of its own (its use count is the lease's)."""

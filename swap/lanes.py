@@ -130,6 +130,10 @@ class HostLane:
         """Nothing is under way."""
 
 
+#: How long an anchor serves.
+ANCHOR_SECONDS = 60.0
+
+
 class _Anchor:
     """An event whose time on the host's clock is known: what turns other events' distances from it into times."""
 
@@ -226,6 +230,11 @@ class Staging:
         staged.taken = True
         staged.take(staged.at, staged.piece)
 
+    def take_arrived(self) -> None:
+        """Hands over what is there by now."""
+        while self._under_way and self._under_way[0].ticket.done():
+            self.take_oldest()
+
     def drop(self) -> None:
         """Forgets what is under way; the caller has waited for it."""
         self._under_way.clear()
@@ -252,6 +261,7 @@ class _StagedTicket:
         self.times = _Both(first.ticket.times, last.ticket.times)
 
     def done(self) -> bool:
+        self._staging.take_arrived()
         return self._last.taken
 
     def wait(self) -> None:
@@ -278,7 +288,15 @@ class CudaLane:
         self._staging_arena = staging
         self._staging: Staging | None = None
         self._compute: dict[int, torch.cuda.Stream] = {}
-        self._anchor = _Anchor(self._fill)
+        self._clock = torch.cuda.Stream(device)
+        self._last_anchor = _Anchor(self._clock)
+
+    @property
+    def _anchor(self) -> _Anchor:
+        """A recent one: clocks drift apart, and distances are floats of milliseconds."""
+        if time.perf_counter() - self._last_anchor.seconds > ANCHOR_SECONDS:
+            self._last_anchor = _Anchor(self._clock)
+        return self._last_anchor
 
     def _ticket(self, begin: torch.cuda.Event, end: torch.cuda.Event, keep: torch.Tensor) -> _CudaTicket:
         return _CudaTicket(Stretch(self._anchor, begin, end), end, keep)
@@ -300,7 +318,7 @@ class CudaLane:
         """Starts host -> device. The caller keeps both sides leased until the ticket is done."""
         with torch.cuda.stream(self._fill):
             begin = self._mark(self._fill)
-            _copy(dst, src)
+            copy_pinned(dst, src)
             return self._ticket(begin, self._mark(self._fill), src)
 
     def drain(self, dst: torch.Tensor, src: torch.Tensor, transient: bool = False) -> Ticket:
@@ -312,7 +330,7 @@ class CudaLane:
         self._drain.wait_stream(self._now())
         with torch.cuda.stream(self._drain):
             begin = self._mark(self._drain)
-            _copy(dst, src)
+            copy_pinned(dst, src)
             if transient:  # not held by the ticket: the memory is free for others as soon as the copy has run
                 src.record_stream(self._drain)
             return self._ticket(begin, self._mark(self._drain), dst)
@@ -359,8 +377,11 @@ class CudaLane:
         return self._now().record_event()
 
     def reuse_after(self, mark: object | None) -> None:
-        """Fills given from now on run after the mark, or without one after all compute given so far."""
-        if isinstance(mark, torch.cuda.Event):
+        """Fills given from now on run after the mark, or without one after all compute given so far.
+
+        A mark is of one stream, the last that used the copy; others may have used it before.
+        """
+        if isinstance(mark, torch.cuda.Event) and len(self._compute) == 1:
             self._fill.wait_event(mark)
             return
         self._now()
@@ -377,7 +398,7 @@ class CudaLane:
         self._staging_arena.close()
 
 
-def _copy(dst: torch.Tensor, src: torch.Tensor) -> None:
+def copy_pinned(dst: torch.Tensor, src: torch.Tensor) -> None:
     """An asynchronous copy between contiguous tensors of one dtype, none across two registrations."""
     if src.numel() == 0:
         return

@@ -285,3 +285,5 @@ class Manager:
         if self.store is not None:
             self.store.close()
             self.store = None
+        for pools in self.pools.values():
+            pools.resident.arena.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import os
 import random
@@ -186,11 +187,49 @@ def test_transfers_that_are_slower_than_compute_do_not_race(tmp_path, seed) -> N
     optimizer.close()
 
 
-def test_forward_and_backward_on_a_stream_of_the_user(tmp_path) -> None:
-    expected = run(tmp_path, "everything", torch.float32, device_memory=ROOM[torch.float32])
+@pytest.mark.parametrize(("placement", "caps"), [("everything", {"device_memory": ROOM[torch.float32]}), ("device", {})])
+def test_forward_and_backward_on_a_stream_of_the_user(tmp_path, placement, caps) -> None:
+    expected = run(tmp_path, placement, torch.float32, **caps)
     with torch.cuda.stream(torch.cuda.Stream(CUDA)):
-        found = run(tmp_path, "everything", torch.float32, device_memory=ROOM[torch.float32])
+        found = run(tmp_path, placement, torch.float32, **caps)
     assert expected[0] == found[0] and tiny.same(expected[1], found[1])
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_updates_in_the_backward_have_all_of_their_gradients(tmp_path, accumulation) -> None:
+    """They are tried once a few steps went by unclipped, while gradients are still on their way to the host."""
+    found = {}
+    for update in ("deferred", "speculative"):
+        model = wide()
+        config = tiny.config(
+            "everything", tmp_path, accumulation=accumulation, update=update, device="cuda:0",
+            device_memory=ROOM[torch.float32], host_memory="140MB", nvme_capacity="1GB",
+        )  # fmt: skip
+        engine = tierflow.initialize(model, config)
+        try:
+            losses = [
+                engine.train_batch([step * accumulation + i for i in range(accumulation)], wide_loss).item()
+                for step in range(10)
+            ]
+            inner = engine.optimizer.engine
+            inner.settle()
+            assert inner.speculation is None or inner.speculation.committed > 0
+            assert (inner.speculation is not None) == (update == "speculative")
+            found[update] = losses, {k: v.cpu() for k, v in tiny.weights(model).items()}
+        finally:
+            engine.close()
+    assert found["deferred"][0] == found["speculative"][0]
+    assert tiny.same(found["deferred"][1], found["speculative"][1])
+
+
+def test_host_memory_of_an_engine_that_was_dropped_is_not_registered_any_more(monkeypatch) -> None:
+    driver = _Refuses(1 << 30)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    arena = Arena(1 << 20)
+    assert scheduler_memory.register(arena, CUDA) is None and driver.held
+    del arena
+    gc.collect()
+    assert not driver.held
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
@@ -243,6 +282,7 @@ def test_device_gradients_are_dropped_as_they_cross(tmp_path) -> None:
 
 
 def test_close_gives_device_memory_back(tmp_path) -> None:
+    wide_loss(wide().to(CUDA), 0).backward()  # cuBLAS takes its workspaces, one a thread
     torch.cuda.empty_cache()
     free = torch.cuda.memory_reserved(CUDA)
     model = wide()
@@ -366,7 +406,7 @@ def test_clipping_and_gradient_arithmetic_on_host_gradients(tmp_path) -> None:
     for p, q in zip(plain.parameters(), model.parameters(), strict=True):
         assert q.grad is not None and q.grad.device == p.grad.device and torch.equal(q.grad.clone(), p.grad)
     norms = [nn.utils.clip_grad_norm_(m.parameters(), 1e-3) for m in (plain, model)]
-    assert norms[1].device == CUDA and torch.allclose(*norms, rtol=1e-6)
+    assert norms[1].device == CUDA and torch.allclose(*norms, rtol=1e-4)  # the processor sums fp32 in another order
     for p, q in zip(plain.parameters(), model.parameters(), strict=True):
         assert torch.allclose(q.grad.clone(), p.grad, rtol=1e-6)
     optimizer.step()

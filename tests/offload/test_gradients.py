@@ -11,6 +11,8 @@ from loops import check, ids, loss_of, pair
 from torch import nn
 
 import tierflow
+from tierflow.scheduler.gradients import GradContext, GradSlot
+from tierflow.swap import HostLane
 
 
 @pytest.fixture(autouse=True, params=["host", "nvme"])
@@ -171,3 +173,11 @@ def test_retain_graph_and_two_losses(tmp_path) -> None:
         o.step()
     check(plain, model)
     b.close()
+
+
+def test_a_gradient_goes_to_the_device_that_is_asked_for() -> None:
+    param, memory = nn.Parameter(torch.zeros(4, device="meta")), torch.arange(4.0)
+    grad = GradSlot("weight", param, memory, GradContext(HostLane())).handle
+    assert grad.device.type == (grad * 2).device.type == torch.zeros_like(grad).device.type == "meta"
+    assert torch.equal(grad.cpu(), memory) and torch.equal(grad.to("cpu", torch.float64), memory.double())
+    assert torch.equal(torch.zeros_like(grad, device="cpu"), torch.zeros(4))

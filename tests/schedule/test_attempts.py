@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,9 @@ from torch.utils.checkpoint import checkpoint
 import tierflow
 from tierflow import offloading
 from tierflow.cpu_adam import CPUAdamW
+from tierflow.scheduler.gradients import GradSlot
 from tierflow.scheduler.speculation import PATIENCE
+from tierflow.swap.lanes import Done
 
 
 def check(case: Case, path: Path) -> Seen:
@@ -213,3 +217,41 @@ def test_a_weight_on_device_that_is_written_before_the_backward(tmp_path: Path, 
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
     optimizer.close()
+
+
+class _Crossing:
+    """A gradient on its way from a device: it is taken in when somebody asks for the third time, or waits."""
+
+    times = Done(0.0)
+
+    def __init__(self, take_in: Callable[[], None]):
+        self._take_in: Callable[[], None] | None = take_in
+        self._asked = 0
+
+    def done(self) -> bool:
+        self._asked += 1
+        if self._asked > 2:
+            self.wait()
+        return self._take_in is None
+
+    def wait(self) -> None:
+        if self._take_in is not None:
+            take_in, self._take_in = self._take_in, None
+            take_in()
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_an_update_in_the_backward_waits_for_gradients_that_are_crossing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulation: int
+) -> None:
+    case = Case(placement="everything", accumulation=accumulation, steps=4)
+    expected = Run(case, tmp_path).run()
+    at_once = GradSlot._kernel
+
+    def crosses(slot: GradSlot, grad: torch.Tensor, accumulate: bool) -> None:
+        slot._transfer = _Crossing(partial(at_once, slot, grad.clone(), accumulate))
+
+    monkeypatch.setattr(GradSlot, "_kernel", crosses)
+    found = Run(case, tmp_path).run()
+    assert found.committed > 0
+    assert not expected.difference(found)
