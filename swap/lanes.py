@@ -298,8 +298,15 @@ class CudaLane:
             self._last_anchor = _Anchor(self._clock)
         return self._last_anchor
 
-    def _ticket(self, begin: torch.cuda.Event, end: torch.cuda.Event, keep: torch.Tensor) -> _CudaTicket:
-        return _CudaTicket(Stretch(self._anchor, begin, end), end, keep)
+    def _begin(self, stream: torch.cuda.Stream) -> tuple[_Anchor, torch.cuda.Event]:
+        """The stream's place now, and an anchor that is before it."""
+        return self._anchor, self._mark(stream)
+
+    def _ticket(
+        self, begin: tuple[_Anchor, torch.cuda.Event], stream: torch.cuda.Stream, keep: torch.Tensor
+    ) -> _CudaTicket:
+        end = self._mark(stream)
+        return _CudaTicket(Stretch(*begin, end), end, keep)
 
     def _mark(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
@@ -308,18 +315,19 @@ class CudaLane:
 
     def stamp(self) -> Any:
         """The compute stream's place now, which ``stretch`` takes as its beginning."""
-        return self._mark(self._now())
+        return self._begin(self._now())
 
     def stretch(self, begin: Any) -> Stretch:
         """What the compute stream does from ``begin`` to what it was given last."""
-        return Stretch(self._anchor, begin, self.stamp())
+        anchor, event = begin
+        return Stretch(anchor, event, self._mark(self._now()))
 
     def fill(self, dst: torch.Tensor, src: torch.Tensor) -> Ticket:
         """Starts host -> device. The caller keeps both sides leased until the ticket is done."""
         with torch.cuda.stream(self._fill):
-            begin = self._mark(self._fill)
+            begin = self._begin(self._fill)
             copy_pinned(dst, src)
-            return self._ticket(begin, self._mark(self._fill), src)
+            return self._ticket(begin, self._fill, src)
 
     def drain(self, dst: torch.Tensor, src: torch.Tensor, transient: bool = False) -> Ticket:
         """Starts device -> host, after what the compute stream was given so far.
@@ -329,11 +337,11 @@ class CudaLane:
         """
         self._drain.wait_stream(self._now())
         with torch.cuda.stream(self._drain):
-            begin = self._mark(self._drain)
+            begin = self._begin(self._drain)
             copy_pinned(dst, src)
             if transient:  # not held by the ticket: the memory is free for others as soon as the copy has run
                 src.record_stream(self._drain)
-            return self._ticket(begin, self._mark(self._drain), dst)
+            return self._ticket(begin, self._drain, dst)
 
     def drain_pieces(self, src: torch.Tensor, take: Take) -> Ticket:
         """Carries a transient source through staging memory of fixed size; ``take`` gets its pieces in order.
