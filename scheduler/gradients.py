@@ -67,7 +67,7 @@ class GradSlot:
         self.writes = 0  # how often the gradient has changed
         self._param = weakref.ref(param)  # param -> its grad, the handle -> this: no collector sees that cycle
         self._stats: GradStats | None = None
-        self._transfer: Ticket | None = None
+        self.transfer: Ticket | None = None  # its way from the device, until that was waited for
         self.scale = self.loss_scale = 1.0
         self.norm_was_read = False
         self.user_scaled = False
@@ -122,7 +122,7 @@ class GradSlot:
             self._carry(self.context.lane.drain(memory, grad.contiguous(), transient=True), grad.nbytes)
 
     def _carry(self, transfer: Ticket, nbytes: int) -> None:
-        self._transfer = transfer
+        self.transfer = transfer
         self.context.timeline.follow(Lane.TO_HOST, f"{self.name} grad", transfer.times, nbytes)
 
     def _kernel(self, grad: torch.Tensor, accumulate: bool) -> None:
@@ -146,16 +146,11 @@ class GradSlot:
 
         return take
 
-    @property
-    def transfer(self) -> Ticket | None:
-        """The gradient's way from the device, if it has not been waited for."""
-        return self._transfer
-
     def finish_transfer(self) -> None:
         """Waits until the gradient has crossed."""
-        if self._transfer is not None:
-            self._transfer.wait()
-            self._transfer = None
+        if self.transfer is not None:
+            self.transfer.wait()
+            self.transfer = None
 
     def _reset_flags(self) -> None:
         self.finish_transfer()
@@ -188,7 +183,7 @@ class GradSlot:
 
     def close(self) -> None:
         """Lets go of the memory: the slot and its handle refer to each other and may live on for a while."""
-        self._transfer = self._stats = None
+        self.transfer = self._stats = None
         self._memory = self.handle._memory = torch.empty(0)
 
     def updated(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -94,9 +93,7 @@ def register(arena: Arena, device: torch.device, cudart: Any = None) -> str | No
             torch.cuda.synchronize(device)
         _unregister(cudart, done)
 
-    arena.on_close(release)
-    # the driver would keep the pages of an engine that is dropped without close(), for whoever gets its addresses next
-    weakref.finalize(arena, release).atexit = False
+    arena.on_close(release)  # else the driver would keep these pages for whoever gets the addresses next
     return None
 
 

@@ -90,8 +90,10 @@ class Arena:
         return min(total, self.nbytes)
 
     def on_close(self, action: Callable[[], object]) -> None:
-        """Runs ``action`` before the memory is given back."""
-        self._before_close.append(action)
+        """Runs ``action`` before the memory is given back, be it that nobody has the arena any more."""
+        finalizer = weakref.finalize(self, _in_process, self._pid, action)
+        finalizer.atexit = False  # all goes with the process
+        self._before_close.append(finalizer)
 
     def close(self) -> None:
         """Gives the memory back at once. A tensor that outlives this reads zeros; it cannot crash."""
@@ -100,6 +102,12 @@ class Arena:
                 self._before_close.pop()()
             self._map.madvise(mmap.MADV_DONTNEED)
         self._map = None
+
+
+def _in_process(pid: int, action: Callable[[], object]) -> None:
+    """Not in a fork, which has no such memory."""
+    if os.getpid() == pid:
+        action()
 
 
 class _ForeignMemory:

@@ -315,7 +315,7 @@ def test_gradients_that_pass_through_staging_add_up() -> None:
         for slot, total in zip(slots, sums, strict=True):
             grad = torch.randn(total.shape, generator=generator).bfloat16()
             slot.settle()
-            slot._transfer = lane.drain_pieces(grad, slot._taker(accumulate=True))
+            slot.transfer = lane.drain_pieces(grad, slot._taker(accumulate=True))
             total.add_(grad)
     for slot, total in zip(slots, sums, strict=True):
         whole = slot.stats()

@@ -249,7 +249,7 @@ def test_an_update_in_the_backward_waits_for_gradients_that_are_crossing(
     at_once = GradSlot._kernel
 
     def crosses(slot: GradSlot, grad: torch.Tensor, accumulate: bool) -> None:
-        slot._transfer = _Crossing(partial(at_once, slot, grad.clone(), accumulate))
+        slot.transfer = _Crossing(partial(at_once, slot, grad.clone(), accumulate))
 
     monkeypatch.setattr(GradSlot, "_kernel", crosses)
     found = Run(case, tmp_path).run()
