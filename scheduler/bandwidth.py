@@ -25,7 +25,8 @@ from tierflow.scheduler.rates import NEVER, Bandwidths
 from tierflow.scheduler.stager import DEVICE_ELEMENTS
 from tierflow.scheduler.units import Unit
 from tierflow.swap import IO_BYTES, Arena, Tier
-from tierflow.swap.lanes import copy_pinned, finish
+from tierflow.swap.lanes import copy_pinned
+from tierflow.swap.tickets import finish
 
 #: Bytes of the probe's file, and of one transfer, and how many of these are under way at once.
 FILE_BYTES = 256 << 20

@@ -9,8 +9,8 @@ import torch
 from tierflow.cpu_adam import kernels
 from tierflow.scheduler.units import Slot, Unit
 from tierflow.swap import IO_BYTES, CapacityError, Chunk, Kind, Manager, Tier
-from tierflow.swap.lanes import finish
 from tierflow.swap.manager import Victims
+from tierflow.swap.tickets import finish
 
 #: Bytes moved at a time between a home on NVMe and anything else.
 SPAN_BYTES = 8 << 20

@@ -27,7 +27,8 @@ from tierflow.scheduler.binding import raw
 from tierflow.scheduler.grad_handle import ManagedGrad
 from tierflow.scheduler.scaling import Scaling
 from tierflow.swap import Lane, Ticket, Timeline
-from tierflow.swap.lanes import DeviceLane, Take
+from tierflow.swap.lanes import DeviceLane
+from tierflow.swap.tickets import Take
 
 
 @dataclass(eq=False)

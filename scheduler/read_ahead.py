@@ -9,7 +9,7 @@ from tierflow.scheduler.jobs import Job, Piece
 from tierflow.scheduler.stager import Stager
 from tierflow.scheduler.units import Unit
 from tierflow.swap import CapacityError, Chunk, Tier
-from tierflow.swap.lanes import finish
+from tierflow.swap.tickets import finish
 
 #: Pieces of the step to come that are being read at once: the backward's weights wait behind them.
 FORESEEN_AT_ONCE = 2

@@ -17,8 +17,8 @@ from tierflow.scheduler.placement import staged_kinds
 from tierflow.scheduler.spill import SpilledGradients
 from tierflow.scheduler.units import STATES, Slot, Unit
 from tierflow.swap import Chunk, Kind, Lane, Manager, Ticket, Tier
-from tierflow.swap.lanes import finish
 from tierflow.swap.manager import Victims
+from tierflow.swap.tickets import finish
 from tierflow.swap.timeline import Inline
 
 #: Elements that torch's operators update at a time on an accelerator: their fp64 intermediates are that long.

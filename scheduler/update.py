@@ -21,8 +21,8 @@ from tierflow.scheduler.staging_room import StagingRoom
 from tierflow.scheduler.units import Unit
 from tierflow.scheduler.write_behind import WriteBehind
 from tierflow.swap import CapacityError, Chunk, CopyState, Lane, Lease, Tier
-from tierflow.swap.lanes import finish, finish_all
 from tierflow.swap.manager import Victims
+from tierflow.swap.tickets import finish, finish_all
 
 #: Victims whose next use is farther than that of the given unit; None: any.
 VictimsBeyond = Callable[[Unit | None], Victims]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from tierflow.scheduler.jobs import Piece
 from tierflow.scheduler.stager import Stager
 from tierflow.swap import Kind, Lane, Lease, Tier
-from tierflow.swap.lanes import finish_all
+from tierflow.swap.tickets import finish_all
 
 #: Pieces that are being read, or have room to be, or are being written to have it: with fewer, writes begin. Enough for
 #: reads to go on while a write of many blocks ends.

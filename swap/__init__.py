@@ -1,11 +1,12 @@
 """What lives where: tiers, pools, the residency ledger, the lanes that move bytes, and their manager."""
 
 from tierflow.swap.arena import Arena, CudaArena
-from tierflow.swap.lanes import CudaLane, HostLane, Ticket
+from tierflow.swap.lanes import CudaLane, HostLane
 from tierflow.swap.ledger import TRANSITIONS, Event, Ledger
 from tierflow.swap.manager import Manager, TierPools, Traffic
 from tierflow.swap.paged import PagedMemory, paged_bytes
 from tierflow.swap.pool import DebugMemory, Lease, Pool
+from tierflow.swap.tickets import Ticket
 from tierflow.swap.timeline import Lane, Lanes, Span, Timeline
 from tierflow.swap.types import (
     ALIGN_BYTES,

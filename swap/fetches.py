@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tierflow.swap.lanes import Ticket, finish
 from tierflow.swap.ledger import Event
+from tierflow.swap.tickets import Ticket, finish
 from tierflow.swap.timeline import Lane
 from tierflow.swap.types import CapacityError, Chunk, CopyState, Tier
 

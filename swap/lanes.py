@@ -3,80 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from tierflow.swap.arena import REGISTER_BYTES, Arena
-from tierflow.swap.timeline import Inline, Timed
-
-#: Called with the index of a piece's first element and the piece in host memory.
-Take = Callable[[int, torch.Tensor], None]
-
-
-class Ticket(Protocol):
-    """A transfer under way. It keeps its memory alive; ``wait`` raises what went wrong."""
-
-    def done(self) -> bool:
-        """Whether the transfer has ended, well or not."""
-        ...
-
-    def wait(self) -> None:
-        """Blocks until the end; raises the transfer's error."""
-        ...
-
-    @property
-    def times(self) -> Timed:
-        """When bytes began to move and when the last was there. Holds none of the memory."""
-        ...
-
-
-class Done(Inline):
-    """The ticket of a transfer that ended before it was returned."""
-
-    def done(self) -> bool:
-        """Always."""
-        return True
-
-    def wait(self) -> None:
-        """Nothing to wait for."""
-
-    @property
-    def times(self) -> Inline:
-        """Its own."""
-        return self
-
-
-def finish(ticket: Ticket) -> None:
-    """Waits until the transfer no longer touches its memory; raises its error, or the interrupt that came meanwhile.
-
-    Ctrl-C ends a wait and not the transfer: memory that is given back then would be written behind its next owner.
-    """
-    interrupt: KeyboardInterrupt | None = None
-    while True:
-        try:
-            ticket.wait()
-            break
-        except KeyboardInterrupt as caught:
-            interrupt = caught
-    if interrupt is not None:
-        raise interrupt
-
-
-def finish_all(tickets: list[Ticket]) -> None:
-    """Finishes and drops every ticket, then raises the first error: no transfer is left running behind a failure."""
-    error: BaseException | None = None
-    for ticket in tickets:
-        try:
-            finish(ticket)
-        except OSError as caught:
-            error = error or caught
-    tickets.clear()
-    if error is not None:
-        raise error
+from tierflow.swap.staging import StagedTicket, Staging
+from tierflow.swap.tickets import Done, Take, Ticket
+from tierflow.swap.timeline import Timed
 
 
 class HostLane:
@@ -174,101 +108,6 @@ class _CudaTicket:
         self.event.synchronize()
 
 
-@dataclass(eq=False)
-class _Staged:
-    """A piece on its way through staging memory: bytes [begin, end) there, and who takes it."""
-
-    begin: int
-    end: int
-    ticket: Ticket
-    at: int
-    piece: torch.Tensor
-    take: Take
-    taken: bool = False
-
-
-class Staging:
-    """A ring of host memory of fixed size; pieces leave it in the order in which they came."""
-
-    def __init__(self, memory: torch.Tensor):
-        self._memory = memory
-        self._under_way: deque[_Staged] = deque()
-        self._next = 0
-        #: Several pieces fit, so that one is carried while another is taken.
-        self.piece_bytes = memory.numel() // 4
-
-    def place(self, nbytes: int) -> torch.Tensor:
-        """Memory for the next piece; takes the oldest pieces first where there is no room."""
-        size = -(-nbytes // 256) * 256
-        while (begin := self._spot(size)) is None:
-            self.take_oldest()
-        self._next = begin + size
-        self._begin = begin
-        return self._memory[begin : begin + nbytes]
-
-    def enter(self, ticket: Ticket, at: int, piece: torch.Tensor, take: Take) -> _Staged:
-        """The piece that is on its way to what ``place`` gave last."""
-        staged = _Staged(self._begin, self._next, ticket, at, piece, take)
-        self._under_way.append(staged)
-        return staged
-
-    def _spot(self, size: int) -> int | None:
-        if not self._under_way:
-            return 0
-        first = self._under_way[0].begin
-        if self._next > first:  # used: [first, next)
-            if self._next + size <= self._memory.numel():
-                return self._next
-            return 0 if size <= first else None
-        return self._next if self._next + size <= first else None  # used: all but [next, first)
-
-    def take_oldest(self) -> None:
-        """Waits for the oldest piece and hands it over."""
-        staged = self._under_way[0]
-        finish(staged.ticket)
-        self._under_way.popleft()
-        staged.taken = True
-        staged.take(staged.at, staged.piece)
-
-    def take_arrived(self) -> None:
-        """Hands over what is there by now."""
-        while self._under_way and self._under_way[0].ticket.done():
-            self.take_oldest()
-
-    def drop(self) -> None:
-        """Forgets what is under way; the caller has waited for it."""
-        self._under_way.clear()
-
-
-class _Both:
-    """From the beginning of one transfer to the end of another."""
-
-    def __init__(self, first: Timed, last: Timed):
-        self._first, self._last = first, last
-
-    @property
-    def began(self) -> float | None:
-        return self._first.began
-
-    @property
-    def ended(self) -> float | None:
-        return self._last.ended
-
-
-class _StagedTicket:
-    def __init__(self, staging: Staging, first: _Staged, last: _Staged):
-        self._staging, self._last = staging, last
-        self.times = _Both(first.ticket.times, last.ticket.times)
-
-    def done(self) -> bool:
-        self._staging.take_arrived()
-        return self._last.taken
-
-    def wait(self) -> None:
-        while not self._last.taken:
-            self._staging.take_oldest()
-
-
 class CudaLane:
     """HOST <-> DEVICE on a side stream each way; the compute stream waits on events, the host does not.
 
@@ -358,7 +197,7 @@ class CudaLane:
             piece = staging.place(part.nbytes).view(part.dtype)
             last = staging.enter(self.drain(piece, part, transient=True), at, piece, take)
             first = first or last
-        return Done(time.perf_counter()) if first is None or last is None else _StagedTicket(staging, first, last)
+        return Done(time.perf_counter()) if first is None or last is None else StagedTicket(staging, first, last)
 
     def _staging_ring(self) -> Staging:
         if self._staging is None:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from tierflow.aio import Extent
-from tierflow.swap.lanes import Done, Ticket
 from tierflow.swap.pool import Lease
+from tierflow.swap.tickets import Done, Ticket
 from tierflow.swap.timeline import Lane
 from tierflow.swap.types import Chunk, Kind, Tier
 

@@ -17,7 +17,8 @@ from tierflow.cpu_adam.kernels import grad_stats
 from tierflow.scheduler.gradients import GradContext, GradSlot
 from tierflow.scheduler.placement import Placement
 from tierflow.swap import CopyState, DebugMemory, HostLane, Ticket, Tier
-from tierflow.swap.lanes import CudaLane, Staging
+from tierflow.swap.lanes import CudaLane
+from tierflow.swap.staging import Staging
 from tierflow.swap.timeline import Inline
 
 

@@ -24,7 +24,7 @@ from tierflow import offloading
 from tierflow.cpu_adam import CPUAdamW
 from tierflow.scheduler.gradients import GradSlot
 from tierflow.scheduler.speculation import PATIENCE
-from tierflow.swap.lanes import Done
+from tierflow.swap.tickets import Done
 
 
 def check(case: Case, path: Path) -> Seen:
