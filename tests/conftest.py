@@ -7,6 +7,17 @@ from collections.abc import Iterator
 import pytest
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--emulated-cuda", action="store_true", help="run the tests marked gpu on an emulated device")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("emulated_cuda"):
+        import emulated_cuda  # before torch
+
+        emulated_cuda.install()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
