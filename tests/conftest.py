@@ -16,6 +16,17 @@ def pytest_configure(config: pytest.Config) -> None:
         import emulated_cuda  # before torch
 
         emulated_cuda.install()
+        emulated_cuda.inputs_follow_models()
+
+
+@pytest.fixture(autouse=True)
+def _no_races(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if request.config.getoption("emulated_cuda"):
+        import emulated_cuda
+
+        emulated_cuda.native.synchronize()
+        assert emulated_cuda.native.races() == 0, "bytes changed on the device while an operator read them"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

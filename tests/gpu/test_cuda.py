@@ -22,6 +22,14 @@ from tierflow.swap import Arena, CudaArena, CudaLane, DebugMemory, Kind, Lane, P
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)
+#: An emulated device (tests/support/emulated_cuda) computes on the processor, so models are smaller there, and caps.
+EMULATED = torch.version.cuda is None
+WIDTH = 512 if EMULATED else 1024
+
+
+def mb(count: float) -> str:
+    """That much beside layers of 1024 x 1024."""
+    return str(int(count * 1e6 * (WIDTH / 1024) ** 2))
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +44,7 @@ def _deterministic() -> Iterator[None]:
 class Wide(nn.Module):
     """Terrible density: every weight is read once for one row, so that transfers take longer than compute."""
 
-    def __init__(self, width: int = 1024, depth: int = 6):
+    def __init__(self, width: int = WIDTH, depth: int = 6):
         super().__init__()
         self.mix = nn.Parameter(torch.full((width,), 0.5))
         self.blocks = nn.ModuleList(
@@ -61,14 +69,14 @@ def wide_loss(model: nn.Module, seed: int) -> torch.Tensor:
 
 
 #: Room for one layer of ``wide()`` on its way in and four ahead of it: no layer has a place on the device for good.
-ROOM = {torch.float32: "24MB", torch.bfloat16: "12MB"}
+ROOM = {torch.float32: mb(24), torch.bfloat16: mb(12)}
 ON_NVME = ("nvme", "param_host_states_nvme", "everything")
 
 
 def offload(model: nn.Module, path: Any, placement: str, debug: bool = False, **kw: Any) -> Any:
     """With NVMe in the placement the host has room for gradients, weights and staging, and hardly any tier for states."""
     weights = sum(p.nbytes for p in model.parameters())
-    device, host = (weights + (1 << 20), "140MB") if placement in ON_NVME else ("512MB", "1GB")
+    device, host = (weights + (1 << 20), mb(140)) if placement in ON_NVME else ("512MB", "1GB")
     options = {"device_memory": str(device), "host_memory": host, "nvme_capacity": "1GB", "device": "cuda:0"}
     accumulation, clip = kw.pop("accumulation", 1), kw.pop("clip", 0.0)
     config = tiny.config(placement, path, clip=clip, accumulation=accumulation, **(options | kw))
@@ -121,7 +129,7 @@ def test_placements_agree_in_every_bit(tmp_path, dtype, accumulation, clip) -> N
 def test_lossy_formats_agree_in_every_bit(tmp_path, state, dtype) -> None:
     first = run(tmp_path, "host", dtype, optimizer_state=state)
     for placement in ("device", "nvme", "param_host", "everything"):
-        found = run(tmp_path, placement, dtype, optimizer_state=state, host_memory="60MB" if placement in ON_NVME else "1GB")
+        found = run(tmp_path, placement, dtype, optimizer_state=state, host_memory=mb(60) if placement in ON_NVME else "1GB")
         assert found[0] == first[0] and tiny.same(found[1], first[1]), placement
 
 
@@ -132,9 +140,9 @@ def test_states_that_the_host_has_no_room_for_live_on_the_device(tmp_path, state
     weights, each = sum(p.nbytes for p in model.parameters()), {"fp32": 8, "int8": 2}[state]
     room = str(weights + weights // 4 * each // 2)
     first = run(tmp_path, "host", torch.float32, optimizer_state=state)
-    found = run(tmp_path, "nvme", torch.float32, optimizer_state=state, device_memory=room, host_memory="60MB")
+    found = run(tmp_path, "nvme", torch.float32, optimizer_state=state, device_memory=room, host_memory=mb(60))
     assert found[0] == first[0] and tiny.same(found[1], first[1])
-    optimizer = offload(model, tmp_path, "nvme", optimizer_state=state, device_memory=room, host_memory="60MB")
+    optimizer = offload(model, tmp_path, "nvme", optimizer_state=state, device_memory=room, host_memory=mb(60))
     resident = optimizer.engine.plan.resident
     assert resident[Tier.DEVICE, Kind.EXP_AVG] and resident[Tier.NVME, Kind.EXP_AVG]
     optimizer.close()
@@ -147,7 +155,7 @@ def test_gradients_on_nvme_agree_in_every_bit(tmp_path, dtype, accumulation) -> 
     first = run(tmp_path, "host", dtype, accumulation, clip=0.01)
     for placement in ("nvme", "everything"):
         room = {"device_memory": ROOM[dtype]} if placement == "everything" else {}
-        found = run(tmp_path, placement, dtype, accumulation, clip=0.01, gradients="nvme", host_memory="60MB", **room)
+        found = run(tmp_path, placement, dtype, accumulation, clip=0.01, gradients="nvme", host_memory=mb(60), **room)
         assert found[0] == first[0] and tiny.same(found[1], first[1]), placement
 
 
@@ -203,7 +211,7 @@ def test_updates_in_the_backward_have_all_of_their_gradients(tmp_path, accumulat
         model = wide()
         config = tiny.config(
             "everything", tmp_path, accumulation=accumulation, update=update, device="cuda:0",
-            device_memory=ROOM[torch.float32], host_memory="140MB", nvme_capacity="1GB",
+            device_memory=ROOM[torch.float32], host_memory=mb(140), nvme_capacity="1GB",
         )  # fmt: skip
         engine = tierflow.initialize(model, config)
         try:
@@ -419,7 +427,7 @@ def test_clipping_and_gradient_arithmetic_on_host_gradients(tmp_path) -> None:
 
 def test_gradscaler_and_autocast(tmp_path) -> None:
     model = wide()
-    optimizer = offload(model, tmp_path, "everything", device_memory="64MB")
+    optimizer = offload(model, tmp_path, "everything", device_memory=mb(64))
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10)
     before = None
     for step in range(3):

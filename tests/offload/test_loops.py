@@ -270,7 +270,7 @@ def test_functional_use_of_a_foreign_weight_is_fetched_on_demand(tmp_path) -> No
     model = Shares()
     plain = copy.deepcopy(model)
     x = torch.randn(3, 16)
-    a = CPUAdamW(plain.parameters(), lr=1e-2, weight_decay=0.1)
+    a = tiny.plain_adamw(plain)
     _, b = tierflow.offload(model, tiny.config("everything", tmp_path, **tiny.tight(model, slack=2.0)))
     for _ in range(2):
         for m, o in ((plain, a), (model, b)):

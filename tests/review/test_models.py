@@ -13,7 +13,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import tierflow
-from tierflow.cpu_adam import CPUAdamW
 from tierflow.swap import DebugMemory, Tier
 
 
@@ -54,7 +53,7 @@ def backward(loss: torch.Tensor) -> torch.Tensor:
 
 def agrees(model: nn.Module, step: Callable, path, steps: int = 3, random_places: bool = True, **options) -> None:
     plain = copy.deepcopy(model)
-    a = CPUAdamW([p for p in plain.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    a = tiny.plain_adamw(plain)
     debug = DebugMemory(random.Random(1)) if random_places else None
     caps = tiny.tight(model) | options
     _, b = tierflow.offload(model, tiny.config("everything", path, **caps), debug_memory=debug)
@@ -157,7 +156,7 @@ def test_parameters_of_two_offloaded_models_are_refused_and_the_first_goes_on(tm
     shared = nn.Linear(32, 32)
     first, second = nn.Sequential(shared, nn.Linear(32, 32)), nn.Sequential(nn.Linear(32, 32), shared)
     plain = copy.deepcopy(first)
-    a = CPUAdamW(plain.parameters(), lr=1e-2, weight_decay=0.1)
+    a = tiny.plain_adamw(plain)
     _, b = tierflow.offload(first, tiny.config(placement, tmp_path))
     with pytest.raises(ValueError, match="offloaded already"):
         tierflow.offload(second, tiny.config(placement, tmp_path))
@@ -241,7 +240,7 @@ def test_ctrl_c_in_a_forward_leaves_a_model_that_runs(tmp_path) -> None:
 def test_a_step_within_gathered_is_refused_and_changes_nothing(tmp_path) -> None:
     model = Net()
     plain, x = copy.deepcopy(model), batch()
-    a = CPUAdamW(plain.parameters(), lr=1e-2, weight_decay=0.1)
+    a = tiny.plain_adamw(plain)
     _, b = tierflow.offload(model, tiny.config("everything", tmp_path))
     for m in (plain, model):
         m(x).square().mean().backward()

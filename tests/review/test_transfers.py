@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 import tierflow
-from tierflow.cpu_adam import CPUAdamW
 from tierflow.cpu_adam.kernels import grad_stats
 from tierflow.scheduler.gradients import GradContext, GradSlot
 from tierflow.scheduler.placement import Placement
@@ -124,7 +123,7 @@ def test_fills_that_end_late_change_no_bit(tmp_path, monkeypatch, placement, see
     monkeypatch.setattr("tierflow.scheduler.memory.make_lane", lambda device, debug: SideStream(seed))
     model = net()
     plain = copy.deepcopy(model)
-    a = CPUAdamW(plain.parameters(), lr=1e-2, weight_decay=0.1)
+    a = tiny.plain_adamw(plain)
     caps = tiny.tight(model, placement, direct=False)
     if placement == "everything":
         caps["device_memory"] = "80KB"
@@ -152,7 +151,7 @@ def test_the_least_device_memory_of_the_plan_is_enough_wherever_units_lie(tmp_pa
     model = net()
     cap = least_device_memory(net, tmp_path)
     plain = copy.deepcopy(model)
-    a = CPUAdamW(plain.parameters(), lr=1e-2, weight_decay=0.1)
+    a = tiny.plain_adamw(plain)
     debug = None if seed is None else DebugMemory(random.Random(seed))
     _, b = tierflow.offload(model, tiny.config("everything", tmp_path, device_memory=str(cap)), debug_memory=debug)
     for step in range(3):
@@ -333,7 +332,7 @@ def test_weights_on_an_accelerator_are_updated_through_the_host(tmp_path, monkey
     monkeypatch.setattr("tierflow.offloading.Placement", accelerator)
     model = net()
     plain = copy.deepcopy(model)
-    a = CPUAdamW(plain.parameters(), lr=1e-2, weight_decay=0.1)
+    a = tiny.plain_adamw(plain)
     _, b = tierflow.offload(model, tiny.config("host", tmp_path))
     b.engine.updates.stager.on_device = False
     for step in range(3):

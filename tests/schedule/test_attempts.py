@@ -21,7 +21,6 @@ from torch.utils.checkpoint import checkpoint
 
 import tierflow
 from tierflow import offloading
-from tierflow.cpu_adam import CPUAdamW
 from tierflow.scheduler.gradients import GradSlot
 from tierflow.scheduler.speculation import PATIENCE
 from tierflow.swap.tickets import Done
@@ -155,7 +154,7 @@ def against_plain(path: Path, change: Any, placement: str) -> tuple[int, int]:
     """The loop with plain torch and the kernels' optimizer, and with updates in the backward; (committed, undone)."""
     model = Shared()
     plain = copy.deepcopy(model)
-    expected = train(plain, CPUAdamW(plain.parameters(), lr=1e-2, weight_decay=0.1), change)
+    expected = train(plain, tiny.plain_adamw(plain), change)
     config = tiny.config(placement, path, update="speculative", **tiny.tight(model, placement, slack=1.0))
     _, optimizer = tierflow.offload(model, config, owned_loop=True)
     prompt(optimizer.engine)

@@ -17,7 +17,6 @@ from slow import prompt
 from torch import nn
 
 import tierflow
-from tierflow.cpu_adam import CPUAdamW
 from tierflow.swap import Tier
 
 WIDTH, UNIT = 64, 24576
@@ -88,7 +87,7 @@ def leased(optimizer: Any) -> dict[Tier, int]:
 def test_any_way_gives_the_right_weights_and_one_warning(tmp_path: Path, caplog, name: str, update: str) -> None:
     model = Routed()
     plain = copy.deepcopy(model)
-    other = CPUAdamW(plain.parameters(), lr=1e-2, weight_decay=0.1)
+    other = tiny.plain_adamw(plain)
     optimizer = offload(model, tmp_path, update)
     with caplog.at_level(logging.WARNING, "tierflow"):
         for number in range(9):
@@ -161,7 +160,7 @@ def test_prefetches_that_nobody_wants_give_their_memory_back(tmp_path: Path, upd
 def test_generating_in_the_middle(tmp_path: Path, caplog, update: str, where: str) -> None:
     model = tiny.llama(layers=3, hidden=32)
     plain = copy.deepcopy(model)
-    other = CPUAdamW(plain.parameters(), lr=1e-2, weight_decay=0.1)
+    other = tiny.plain_adamw(plain)
     caps = tiny.tight(model, "everything", slack=0.0)
     _, optimizer = tierflow.offload(
         model, tiny.config("everything", tmp_path, update=update, **caps), owned_loop=update == "speculative"

@@ -10,7 +10,6 @@ import tiny
 import torch
 
 import tierflow
-from tierflow.cpu_adam import CPUAdamW
 from tierflow.swap import DebugMemory
 
 
@@ -104,7 +103,7 @@ def test_a_gradient_that_the_user_kept_stays_what_it_was(kept: str, tmp_path) ->
 def test_a_gradient_that_the_user_assigns_finds_its_memory_free(tmp_path) -> None:
     model, optimizer, borrowed = offloaded(tmp_path)
     twin = tiny.llama()
-    plain = CPUAdamW(twin.parameters(), lr=1e-2, weight_decay=0.1)
+    plain = tiny.plain_adamw(twin)
     for step, ids in enumerate(BATCHES):
         for mine, opt in ((model, optimizer), (twin, plain)):
             if step == 3:  # the forward has lent the memory, and no backward comes

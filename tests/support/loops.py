@@ -9,14 +9,13 @@ import torch
 from torch import nn
 
 import tierflow
-from tierflow.cpu_adam import CPUAdamW
 
 
 def pair(tmp_path, model=None, placement="everything", **kw):
     """(plain model, its optimizer, offloaded model, its optimizer), equal at the start."""
     model = model if model is not None else tiny.llama(layers=2, hidden=32)
     plain = copy.deepcopy(model)
-    other = CPUAdamW([p for p in plain.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    other = tiny.plain_adamw(plain)
     caps = tiny.tight(model, placement)
     _, optimizer = tierflow.offload(model, tiny.config(placement, tmp_path, **(caps | kw)))
     return plain, other, model, optimizer

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+#: Where models compute: with ``--emulated-cuda``, and where there is a GPU, on that.
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 #: Where gradients wait, unless a test says; by itself the least host memory would be that of gradients on NVMe.
 GRADIENTS = "host"
 PLACEMENTS = {
@@ -25,7 +27,10 @@ def llama(layers: int = 3, hidden: int = 64, vocab: int = 160, tied: bool = True
         vocab_size=vocab, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied, max_position_embeddings=64,
     )  # fmt: skip
-    return LlamaForCausalLM(config).to(dtype)
+    model = LlamaForCausalLM(config).to(dtype)
+    if DEVICE.type != "cpu":  # whose other kernels for attention would give other bits than the processor's
+        model.set_attn_implementation("eager")
+    return model
 
 
 def config(placement: str, path, clip: float = 0.0, accumulation: int = 1, **tierflow) -> dict:
@@ -69,11 +74,11 @@ def weights(model) -> dict[str, torch.Tensor]:
     import tierflow
 
     if getattr(model, "_tierflow_engine", None) is None:
-        return {n: p.detach().clone() for n, p in model.named_parameters()}
+        return {n: p.detach().to("cpu", copy=True) for n, p in model.named_parameters()}
     out = {}
     for name, p in model.named_parameters():
         with tierflow.gathered([p]):
-            out[name] = p.detach().clone()
+            out[name] = p.detach().to("cpu", copy=True)
     return out
 
 
@@ -94,7 +99,7 @@ def tight(
     def plan(caps: dict) -> object:
         wanted = load_config(config(placement, "/", 0.0, accumulation, **(block | caps)) | (top or {}))
         owned = block.get("update") == "speculative"
-        return make_run(model, wanted, torch.device("cpu"), trained, None, owned, direct)
+        return make_run(model, wanted, DEVICE, trained, None, owned, direct)
 
     (units, _, _), caps = least(plan)
     if PLACEMENTS[placement][0] != "none":
@@ -143,10 +148,33 @@ def _loop(model: nn.Module, optimizer, steps, after) -> list[float]:
 
 def reference(model: nn.Module, steps, lr: float = 1e-2, weight_decay: float = 0.1):
     """Losses and weights of plain torch with the CPU kernels' own optimizer: no movement at all."""
+    optimizer = plain_adamw(model, lr=lr, weight_decay=weight_decay)
+    return _loop(model, optimizer, steps, lambda: None), weights(model)
+
+
+def plain_adamw(model: nn.Module, lr: float = 1e-2, weight_decay: float = 0.1) -> torch.optim.Optimizer:
+    """Takes the model to where models compute; there the kernels step copies on the host."""
     from tierflow.cpu_adam import CPUAdamW
 
-    optimizer = CPUAdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay)
-    return _loop(model, optimizer, steps, lambda: None), weights(model)
+    trained = [p for p in model.to(DEVICE).parameters() if p.requires_grad]
+    if DEVICE.type == "cpu":
+        return CPUAdamW(trained, lr=lr, weight_decay=weight_decay)
+    copies = [torch.nn.Parameter(p.detach().cpu()) for p in trained]
+
+    class Copied(CPUAdamW):
+        def step(self, closure=None):
+            for p, copy in zip(trained, copies, strict=True):
+                copy.grad = None if p.grad is None else p.grad.cpu()
+            super().step(closure)
+            with torch.no_grad():
+                for p, copy in zip(trained, copies, strict=True):
+                    p.copy_(copy)
+
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            for p in trained:
+                p.grad = None
+
+    return Copied(copies, lr=lr, weight_decay=weight_decay)
 
 
 def offloaded(model: nn.Module, steps, path, placement: str = "everything", seed: int | None = 1, **options):

@@ -13,7 +13,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import tierflow
-from tierflow.cpu_adam import CPUAdamW
 from tierflow.swap import DebugMemory, Tier
 
 COUNT = 4
@@ -30,7 +29,7 @@ def text(steps: int = 3, count: int = COUNT, same_length: bool = True) -> list[l
 
 def plain(model: nn.Module, steps, loss=None) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Plain torch: every micro-batch's forward and backward in order, one update a step."""
-    optimizer = CPUAdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    optimizer = tiny.plain_adamw(model)
     losses = []
     for step in steps:
         parts = []

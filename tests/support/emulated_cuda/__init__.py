@@ -12,7 +12,7 @@ import sys
 if "torch" in sys.modules:  # it asks once which device there is, while it is imported
     raise ImportError("the emulated device has to be imported before torch")
 
-from .native import native  # isort: skip  (before torch)
+from .native import native as native  # isort: skip  (before torch)
 
 import contextlib
 import types
@@ -65,6 +65,20 @@ class Runtime:
 
     def cudaHostUnregister(self, address: int) -> int:
         return int(self._native.unregister_host(address))
+
+
+def inputs_follow_models() -> None:
+    """A model's inputs are brought to the device that it is on: tests make them on the host."""
+    called = torch.nn.Module.__call__
+
+    def call(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        device = next((p.device for p in self.parameters()), None)
+        if device is None or device.type == "cpu":
+            return called(self, *args, **kwargs)
+        there = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), (args, kwargs))
+        return called(self, *there[0], **there[1])
+
+    torch.nn.Module.__call__ = call  # type: ignore[method-assign, assignment]
 
 
 def install() -> None:

@@ -1,7 +1,8 @@
 // torch's operators on the device: the processor's, on the same bytes.
 //
 // [Note: order] An operator begins when its stream has come so far, and what it computed is there after the lag, in the
-// stream's order. Who uses it on another stream, or on the host, without waiting finds the old bytes.
+// stream's order. Who uses it on another stream, or on the host, without waiting finds the old bytes. What it read has to
+// be there still when it ends: a change by another stream counts as a race.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -64,8 +65,21 @@ inline at::Tensor empty(
 
 inline at::Tensor to_device(const at::Tensor& value) {
   at::Tensor made = empty_strided(value.sizes(), value.strides(), value.scalar_type(), {}, {}, {});
-  publish(made, value, compute_lag_us);
+  publish(made, value, 0);
   return made;
+}
+
+inline std::atomic<std::size_t> races{0};
+
+// Once the stream gets there the tensor's bytes are what they are now, or somebody did not wait for its reader.
+inline void watch(const at::Tensor& read, int lag_us) {
+  const at::Tensor now = on_host(read);
+  current_queue().submit(
+      [now, before = now.clone(at::MemoryFormat::Contiguous)] {
+        const at::AutoDispatchBelowADInplaceOrView below;
+        if (std::memcmp(now.contiguous().const_data_ptr(), before.const_data_ptr(), before.nbytes()) != 0) ++races;
+      },
+      lag_us);
 }
 
 inline bool same_bytes(const at::Tensor& a, const at::Tensor& b) {
@@ -74,7 +88,7 @@ inline bool same_bytes(const at::Tensor& a, const at::Tensor& b) {
 
 // As cudaMemcpyAsync: of memory that the driver knows the bytes are taken, or written, when the stream gets there.
 inline void copy_bytes(void* to, const void* from, std::size_t nbytes) {
-  current_queue().submit([to, from, nbytes] { std::memcpy(to, from, nbytes); }, copy_lag_us);
+  current_queue().submit([to, from, nbytes] { std::memcpy(to, from, nbytes); }, lag(copy_lag_us));
 }
 
 inline at::Tensor& copy_(at::Tensor& self, const at::Tensor& src, bool non_blocking) {
@@ -94,7 +108,7 @@ inline at::Tensor& copy_(at::Tensor& self, const at::Tensor& src, bool non_block
   } else {
     at::Tensor taken = at::empty(self.sizes(), self.options().device(c10::kCPU));
     taken.copy_(value);
-    publish(self, taken, copy_lag_us);
+    publish(self, taken, lag(copy_lag_us));
   }
   return self;
 }
@@ -128,9 +142,11 @@ class Call {
 
   void run() {
     op_.callBoxed(stack_);
+    int lag_us = lag(compute_lag_us);
+    for (const at::Tensor& read : read_) watch(read, std::exchange(lag_us, 0));
     for (auto& [ours, theirs] : written_) {
       if (ours.sizes() != theirs.sizes()) resize_(ours, theirs.sizes(), {});
-      publish(ours, theirs, compute_lag_us);
+      publish(ours, theirs, 0);
     }
     const auto& returns = op_.schema().returns();
     const std::size_t at = stack_.size() - returns.size();
@@ -156,13 +172,28 @@ class Call {
   }
 
   at::Tensor taken(const at::Tensor& t, bool write) {
-    if (!is_ours(t)) return t;
-    if (!write) return on_host(t);
+    if (!t.defined()) return t;
+    if (!is_ours(t)) {
+      TORCH_CHECK(
+          t.dim() == 0 || takes_the_hosts(), "Expected all tensors to be on the same device, but found at least two devices, ",
+          "cuda:0 and cpu! (emulated: ", op_.schema().operator_name().name, ")");
+      return t;
+    }
+    if (!write) {
+      read_.push_back(t);
+      return on_host(t);
+    }
     at::Tensor copy = at::empty_strided(t.sizes(), t.strides(), t.options().device(c10::kCPU));
     copy.copy_(on_host(t));
     written_.emplace_back(t, copy);
     return copy;
   }
+
+  bool takes_the_hosts() const {  // indices may lie there
+    return op_.schema().operator_name().name.find("index") != std::string::npos && first_is_ours();
+  }
+
+  bool first_is_ours() const { return inputs_.front().isTensor() && is_ours(inputs_.front().toTensor()); }
 
   c10::IValue give(const c10::IValue& value) {
     if (value.isTensor()) return given(value.toTensor());
@@ -187,6 +218,7 @@ class Call {
   torch::jit::Stack& stack_;
   std::size_t first_;
   std::vector<c10::IValue> inputs_;
+  std::vector<at::Tensor> read_;
   std::vector<std::pair<at::Tensor, at::Tensor>> written_;
 };
 
