@@ -273,7 +273,7 @@ class UpdateQueue:
         piece = ready or Piece(job, *span)
         try:
             if not ready:
-                self.stager.read(piece, self._victims(None if must else job.unit), wait=must)
+                self.stager.read(piece, self._displaces(job, must), wait=must)
         except CapacityError:
             if not must or job.tier is None or not job.held:
                 if must:
@@ -305,6 +305,18 @@ class UpdateQueue:
         reading = sum(not piece.arrived() for piece in self._reading) + self.ahead.arriving()
         return reading + self._staging.pieces(next_staged)
 
+    def _displaces(self, job: Job, must: bool) -> Victims:
+        """What gives its memory for the job's: copies that are used later than the unit, or any if it must go on.
+
+        Also any for an update in the backward, whose unit is used last of all. If it waited for the forward, with which it
+        would then compete, a copy that was kept would have spared one read of the weights and delayed all of its states.
+        Last go the copies that updates to come will use.
+        """
+        if not must and not job.speculative:
+            return self._victims(job.unit)
+        found = self._victims(None)
+        return found if must else lambda tier: sorted(found(tier), key=lambda chunk: chunk.unit in self._jobs)
+
     def _begin_job(self, job: Job, must: bool) -> bool:
         manager, chunk = self._manager, job.unit.chunk
         home = manager.home(chunk)
@@ -314,7 +326,7 @@ class UpdateQueue:
             job.tier = None
             return False
         if job.tier is not None and home is Tier.NVME:
-            victims = self._victims(None if must or job.needed else job.unit)
+            victims = self._displaces(job, must or job.needed)
             try:
                 job.held = manager.fetches.start(chunk, victims, hint=not must, target=job.tier, hold=True)
             except CapacityError:

@@ -9,6 +9,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -228,6 +229,20 @@ def test_updates_in_the_backward_have_all_of_their_gradients(tmp_path, accumulat
             engine.close()
     assert found["deferred"][0] == found["speculative"][0]
     assert tiny.same(found["deferred"][1], found["speculative"][1])
+
+
+def test_weights_on_their_way_do_not_hold_up_updates_in_the_backward(tmp_path) -> None:
+    """Host memory is full of copies that were fetched for the backward: they make room, step for step."""
+    model = tiny.llama(layers=4, hidden=128, dtype=torch.bfloat16)
+    caps = {"device_memory": "1MB", "host_memory": "2500KB", "device": "cuda:0"}
+    engine = tierflow.initialize(model, tiny.config("everything", tmp_path, update="speculative", **caps))
+    inner, committed = engine.optimizer.engine, []
+    for (ids,) in tiny.batches(8):
+        engine.train_batch([{"input_ids": ids.to(CUDA), "labels": ids.to(CUDA)}])
+        committed.append(inner.speculation.committed)
+    counts = [after - before for before, after in pairwise(committed)]
+    assert min(counts) > len(inner.units) // 2, counts
+    engine.close()
 
 
 def test_host_memory_of_an_engine_that_was_dropped_is_not_registered_any_more(monkeypatch) -> None:
