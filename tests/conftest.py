@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pytest
 
+EMULATED = "--emulated-cuda" in sys.argv
+if EMULATED:  # here, since other files beside tests import torch, which then knows its devices
+    import emulated_cuda
+
+    emulated_cuda.install()
+    emulated_cuda.inputs_follow_models()
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--emulated-cuda", action="store_true", help="run the tests marked gpu on an emulated device")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("emulated_cuda"):
-        import emulated_cuda  # before torch
-
-        emulated_cuda.install()
-        emulated_cuda.inputs_follow_models()
+    parser.addoption("--emulated-cuda", action="store_true", help="run the tests, and those marked gpu, on an emulated device")
 
 
 @pytest.fixture(autouse=True)
-def _no_races(request: pytest.FixtureRequest) -> Iterator[None]:
+def _no_races() -> Iterator[None]:
     yield
-    if request.config.getoption("emulated_cuda"):
-        import emulated_cuda
-
+    if EMULATED:
         emulated_cuda.native.synchronize()
         assert emulated_cuda.native.races() == 0, "bytes changed on the device while an operator read them"
 

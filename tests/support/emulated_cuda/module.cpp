@@ -29,7 +29,25 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("as_strided", &at::native::as_strided_tensorimpl);
   m.impl("_reshape_alias", &at::native::_reshape_alias);
   m.impl("unfold", &at::native::unfold);
-  m.impl("silu_backward", torch::CppFunction::makeFromBoxedFunction<&fallback>());  // else a composite, of other bits
+}
+
+bool gives_views(const c10::FunctionSchema& schema) {
+  for (const auto& value : schema.returns())
+    if (value.alias_info() != nullptr && !value.alias_info()->isWrite()) return true;
+  return false;
+}
+
+// The processor's own kernels also where torch has a composite beside them, which gives other bits.
+void take_kernels() {
+  static auto* const library = new torch::Library(torch::Library::IMPL, "aten", kDevice, __FILE__, __LINE__);
+  auto& dispatcher = c10::Dispatcher::singleton();
+  for (const c10::OperatorName& name : dispatcher.getAllOpNames()) {
+    const auto op = dispatcher.findSchema(name);
+    if (!op || name.getNamespace() != "aten" || gives_views(op->schema())) continue;
+    if (!op->hasKernelForDispatchKey(c10::DispatchKey::CPU) || op->hasKernelForDispatchKey(kDevice)) continue;
+    const std::string full = name.overload_name.empty() ? name.name : name.name + "." + name.overload_name;
+    library->impl(full.c_str(), torch::CppFunction::makeFromBoxedFunction<&fallback>());
+  }
 }
 
 py::dict stats() {
@@ -47,6 +65,7 @@ py::dict stats() {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using Free = py::call_guard<py::gil_scoped_release>;
+  take_kernels();
   m.def("current_stream", [] { return current(); });
   m.def("set_current_stream", [](std::int64_t id) { current() = id; });
   m.def("synchronize", [] { Streams::all().drain(); }, Free());

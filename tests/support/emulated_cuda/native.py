@@ -6,6 +6,7 @@ import ctypes
 import importlib.machinery
 import importlib.metadata
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +32,8 @@ def _built() -> Path:
     if not made.exists() or made.stat().st_mtime < newest:
         folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-c", _BUILD, NAME, str(HERE / "module.cpp"), str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        tools = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}  # ninja
+        done = subprocess.run(command, capture_output=True, text=True, env=tools)
         if done.returncode:
             raise RuntimeError(f"the emulated device could not be built:\n{done.stdout}{done.stderr}")
     return made
