@@ -82,7 +82,7 @@ def caps_for(place: str, case: tuple, path: Path, update: str = "auto") -> dict[
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     for more in range(0, 4 << 20, 20 << 10) if place == "split" else ():
         split = found | {"host_memory": str(int(found["host_memory"]) + more)}
-        plan = make_run(model, load_config(config(path, place, case, **split)), torch.device("cpu"), trained, None, direct=False)[1]
+        plan = make_run(model, load_config(config(path, place, case, **split)), tiny.DEVICE, trained, None, direct=False)[1]
         if any(Tier.HOST in ahead for ahead in plan.homes.ahead.values()):
             return split
     return found  # of a format with large grains HOST takes a unit's states whole, and DEVICE alone has a part

@@ -222,9 +222,25 @@ class Call {
   std::vector<std::pair<at::Tensor, at::Tensor>> written_;
 };
 
+// On CUDA torch has softmax turn 16 bits into fp32 by itself, which the processor's kernels cannot do: before, or behind.
+inline std::optional<c10::ScalarType> widen_softmax(const std::string& name, torch::jit::Stack& stack) {
+  const std::size_t end = stack.size();
+  if ((name == "aten::_softmax" || name == "aten::_log_softmax") && stack[end - 1].toBool()) {
+    stack[end - 3] = stack[end - 3].toTensor().to(c10::kFloat);
+    stack[end - 1] = false;
+  } else if (name == "aten::_softmax_backward_data" || name == "aten::_log_softmax_backward_data") {
+    const auto wanted = stack[end - 1].toScalarType(), given = stack[end - 4].toTensor().scalar_type();
+    stack[end - 1] = given;
+    if (wanted != given) return wanted;
+  }
+  return std::nullopt;
+}
+
 inline void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const auto narrow = widen_softmax(op.schema().name(), *stack);
   current_queue().drain();
   Call(op, *stack).run();
+  if (narrow) stack->back() = stack->back().toTensor().to(*narrow);
 }
 
 }  // namespace emulated
