@@ -310,12 +310,8 @@ class UpdateQueue:
 
         Also any for an update in the backward, whose unit is used last of all. If it waited for the forward, with which it
         would then compete, a copy that was kept would have spared one read of the weights and delayed all of its states.
-        Last go the copies that updates to come will use.
         """
-        if not must and not job.speculative:
-            return self._victims(job.unit)
-        found = self._victims(None)
-        return found if must else lambda tier: sorted(found(tier), key=lambda chunk: chunk.unit in self._jobs)
+        return self._victims(None if must or job.speculative else job.unit)
 
     def _begin_job(self, job: Job, must: bool) -> bool:
         manager, chunk = self._manager, job.unit.chunk
