@@ -11,7 +11,7 @@ from tierflow.scheduler.idle import IdleGradients
 from tierflow.scheduler.scaling import Scaling
 from tierflow.scheduler.spill import SpilledGradients
 from tierflow.scheduler.units import Unit
-from tierflow.swap import Kind, Manager, Tier
+from tierflow.swap import HostLane, Kind, Manager, Tier
 
 
 class GradSet:
@@ -38,10 +38,11 @@ class GradSet:
         lease = None if access else self._manager.memory(chunk, self._manager.home(chunk))
         memory = self._spilled.memory(unit) if lease is None else lease.bytes()[: chunk.nbytes]
         flat = memory.view(unit.layouts[Kind.GRAD].dtype)
-        if lease is not None:
-            flat.zero_()
+        keeps = lease is not None and self._idle is None and isinstance(self._manager.lane, HostLane)
+        if lease is not None and not keeps:
+            flat.zero_()  # its pages are there before the first step
         context = GradContext(
-            self._manager.lane, self.scaling, self._manager.timeline, while_alive(self._before_write),
+            self._manager.lane, self.scaling, self._manager.timeline, keeps, while_alive(self._before_write),
             while_alive(self._arrived), access,
         )  # fmt: skip
         for slot, p in zip(unit.slots, unit.params, strict=True):
@@ -63,6 +64,11 @@ class GradSet:
 
     def _arrived(self, slot: GradSlot) -> None:
         self._on_arrival(id(slot.param))
+
+    def rest(self) -> None:
+        """Lets go of what was kept of gradients that were dropped."""
+        for slot in self.slots.values():
+            slot.rest()
 
     def present(self, units: list[Unit]) -> list[GradSlot]:
         """Slots of the parameters that have a gradient now, in parameter order."""

@@ -8,6 +8,10 @@ act on the managed memory.
 without it. They stay so until the update kernel divides: micro-batches add up in scaled units, and whatever reads
 or changes a gradient through its handle computes on an unscaled fp32 copy, whose changes are scaled on their way
 back. So each user sees the gradient itself.
+
+[Note: kept gradients] Where a gradient's memory serves nothing else and is the processor's own, the first one of a step is
+not copied there: the tensor that autograd made takes its place until the gradient is dropped, and what the plan set aside
+for it stays untouched. A copy would cost more than the norm, and the next forward finds the memory again that it frees.
 """
 
 from __future__ import annotations
@@ -42,6 +46,7 @@ class GradContext:
     lane: DeviceLane
     scaling: Scaling = field(default_factory=Scaling)
     timeline: Timeline = field(default_factory=Timeline)
+    keeps: bool = False  # see [Note: kept gradients]
     before_write: Callable[[GradSlot], None] = lambda slot: None
     arrived: Callable[[GradSlot], None] = lambda slot: None
     spilled: Spilled | None = None
@@ -65,6 +70,7 @@ class GradSlot:
 
     def __init__(self, name: str, param: torch.Tensor, memory: torch.Tensor, context: GradContext):
         self.name, self._memory, self.context = name, memory, context
+        self._own = memory  # what the plan has for it
         self.writes = 0  # how often the gradient has changed
         self._param = weakref.ref(param)  # param -> its grad, the handle -> this: no collector sees that cycle
         self._stats: GradStats | None = None
@@ -98,6 +104,27 @@ class GradSlot:
         self._reset_flags()
         self.loss_scale = loss_scale
         self._intake(grad, accumulate=False)
+
+    def keep(self, grad: torch.Tensor, loss_scale: float = 1.0) -> bool:
+        """``take`` for a tensor that nobody else has, without a copy: see [Note: kept gradients]. Whether that was possible."""
+        own = self._own
+        if not (self.context.keeps and grad.dtype is own.dtype and grad.device == own.device and grad.is_contiguous()):
+            return False
+        self.context.before_write(self)
+        self._reset_flags()
+        self.loss_scale = loss_scale
+        self._memory = self.handle._memory = grad
+        self.writes += 1
+        began = time.perf_counter()
+        self._stats = grad_stats(grad.view(-1))
+        self.context.timeline.span(Lane.INTAKE, f"{self.name} grad", began, nbytes=grad.nbytes)
+        return True
+
+    def rest(self) -> None:
+        """Lets go of a kept gradient that the parameter has no longer."""
+        if self._memory is not self._own and not self.present():
+            self._memory = self.handle._memory = self._own
+            self._stats = None
 
     def add(self, grad: torch.Tensor, loss_scale: float = 1.0) -> None:
         """Adds ``grad / loss_scale``, as ``tensor.add_`` would in the memory's dtype."""
@@ -185,7 +212,7 @@ class GradSlot:
     def close(self) -> None:
         """Lets go of the memory: the slot and its handle refer to each other and may live on for a while."""
         self.transfer = self._stats = None
-        self._memory = self.handle._memory = torch.empty(0)
+        self._memory = self._own = self.handle._memory = torch.empty(0)
 
     def updated(self) -> None:
         """The gradient served a step: what was known of it goes with the next zero_grad or backward."""
@@ -246,7 +273,9 @@ class GradSlot:
                 raise RuntimeError(f"parameter {self.name!r} has a sparse gradient, which tierflow does not support")
             if grad is not self.handle:
                 self.param.grad = None  # of an unscaled backward nothing stays
-                self.take(grad, self.context.scaling.of_backward(self.name))
+                loss_scale = self.context.scaling.of_backward(self.name)
+                if not self.keep(grad, loss_scale):
+                    self.take(grad, loss_scale)
                 self.param.grad = self.handle
         self.context.arrived(self)
 

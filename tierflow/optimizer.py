@@ -161,6 +161,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         if asked_at is not None and not self.engine.closed:
             self.engine.left_out(asked_at)
         super().zero_grad(set_to_none)
+        self.engine.gradients.rest()
 
     def expect_step(self) -> None:
         """Says before a step's first backward that ``step()`` will follow it, with the hyperparameters set now.
