@@ -155,10 +155,6 @@ class Registered {
     const std::lock_guard<std::mutex> lock(mutex_);
     return ranges_.erase(begin) ? 0 : 713;
   }
-  std::size_t count() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    return ranges_.size();
-  }
   // Whether all of it lies in one registration. Raises where a part of it does, as the driver refuses such a copy.
   bool has(const void* data, std::size_t nbytes) {
     const auto begin = reinterpret_cast<std::uintptr_t>(data);

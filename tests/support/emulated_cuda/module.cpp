@@ -75,10 +75,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("stats", &stats);
   m.def("register_host", [](std::uintptr_t at, std::size_t nbytes) { return Registered::all().add(at, nbytes); });
   m.def("unregister_host", [](std::uintptr_t at) { return Registered::all().remove(at); });
-  m.def("registrations", [] { return Registered::all().count(); });
   m.def("races", [] { return races.exchange(0); });
-  m.def("set_lags", [](int copy_us, int compute_us) {
-    copy_lag_us = copy_us;
-    compute_lag_us = compute_us;
-  });
 }

@@ -140,7 +140,7 @@ inline std::int64_t& current() {
 inline Queue& current_queue() { return Streams::all().queue(current()); }
 
 // How long copies and operators take on the average: most of them next to nothing, one in sixteen long.
-inline std::atomic<int> copy_lag_us{100}, compute_lag_us{50};
+constexpr int copy_lag_us = 100, compute_lag_us = 50;
 
 inline int lag(int average_us) {
   static std::atomic<std::uint32_t> count{0};
