@@ -12,6 +12,8 @@ back. So each user sees the gradient itself.
 [Note: kept gradients] Where a gradient's memory serves nothing else and is the processor's own, the first one of a step is
 not copied there: the tensor that autograd made takes its place until the gradient is dropped, and what the plan set aside
 for it stays untouched. A copy would cost more than the norm, and the next forward finds the memory again that it frees.
+Autograd may give several parameters one storage (that of a sum's gradient, say): such a gradient is copied all the same,
+for adding to it in place would change the others.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from tierflow.cpu_adam.kernels import GradStats, grad_stats, intake
 from tierflow.scheduler.binding import raw
 from tierflow.scheduler.grad_handle import ManagedGrad
 from tierflow.scheduler.scaling import Scaling
-from tierflow.swap import Lane, Ticket, Timeline
+from tierflow.swap import Lane, Ticket, Timeline, aliases
 from tierflow.swap.lanes import DeviceLane
 from tierflow.swap.tickets import Take
 
@@ -40,13 +42,14 @@ class GradContext:
     """What the gradients of an engine have in common.
 
     ``before_write``: called before a gradient's memory changes; ``arrived``: after one was accumulated. ``spilled``: brings
-    gradients that live on NVMe to their memory; None where they live in memory.
+    gradients that live on NVMe to their memory; None where they live in memory. ``keeps``: that memory serves nothing else,
+    see [Note: kept gradients].
     """
 
     lane: DeviceLane
     scaling: Scaling = field(default_factory=Scaling)
     timeline: Timeline = field(default_factory=Timeline)
-    keeps: bool = False  # see [Note: kept gradients]
+    keeps: bool = False
     before_write: Callable[[GradSlot], None] = lambda slot: None
     arrived: Callable[[GradSlot], None] = lambda slot: None
     spilled: Spilled | None = None
@@ -98,31 +101,39 @@ class GradSlot:
         assert found is not None, f"{self.name} is gone"
         return found
 
-    def take(self, grad: torch.Tensor, loss_scale: float = 1.0) -> None:
-        """The gradient is now ``grad / loss_scale`` (any device and dtype); its old content is overwritten."""
-        self.context.before_write(self)
-        self._reset_flags()
-        self.loss_scale = loss_scale
-        self._intake(grad, accumulate=False)
+    def take(self, grad: torch.Tensor, loss_scale: float = 1.0, handed_over: bool = False) -> None:
+        """The gradient is now ``grad / loss_scale`` (any device and dtype); its old content is overwritten.
 
-    def keep(self, grad: torch.Tensor, loss_scale: float = 1.0) -> bool:
-        """``take`` for a tensor that nobody else has, without a copy: see [Note: kept gradients]. Whether that was possible."""
-        own = self._own
-        if not (self.context.keeps and grad.dtype is own.dtype and grad.device == own.device and grad.is_contiguous()):
-            return False
+        ``handed_over``: the caller gives the tensor away, so that it may take the memory's place.
+        """
         self.context.before_write(self)
         self._reset_flags()
         self.loss_scale = loss_scale
+        if handed_over and self._can_keep(grad):
+            self._keep(grad)
+        else:
+            self._intake(grad, accumulate=False)
+
+    def _can_keep(self, grad: torch.Tensor) -> bool:
+        own = self._own
+        fits = self.context.keeps and grad.dtype is own.dtype and grad.device == own.device and grad.is_contiguous()
+        return fits and grad.untyped_storage().nbytes() == grad.nbytes and not aliases(grad)
+
+    def _keep(self, grad: torch.Tensor) -> None:
         self._memory = self.handle._memory = grad
         self.writes += 1
         began = time.perf_counter()
         self._stats = grad_stats(grad.view(-1))
         self.context.timeline.span(Lane.INTAKE, f"{self.name} grad", began, nbytes=grad.nbytes)
-        return True
+
+    @property
+    def kept(self) -> bool:
+        """Whether the gradient is the tensor that autograd made, see [Note: kept gradients]."""
+        return self._memory is not self._own
 
     def rest(self) -> None:
         """Lets go of a kept gradient that the parameter has no longer."""
-        if self._memory is not self._own and not self.present():
+        if self.kept and not self.present():
             self._memory = self.handle._memory = self._own
             self._stats = None
 
@@ -196,8 +207,8 @@ class GradSlot:
         return memory if self.loss_scale == 1.0 else memory.to(torch.float32, copy=True).mul_(self.factor)
 
     def references(self) -> int:
-        """What refers to the gradient: tensors over its memory, and objects that have the handle."""
-        return torch._C._storage_Use_Count(self._memory.untyped_storage()._cdata) + sys.getrefcount(self.handle)
+        """What refers to the gradient: other tensors over its memory, and objects that have the handle."""
+        return aliases(self._memory) + sys.getrefcount(self.handle)
 
     def settle(self) -> torch.Tensor:
         """The memory with everything pending applied but the loss scale."""
@@ -274,8 +285,7 @@ class GradSlot:
             if grad is not self.handle:
                 self.param.grad = None  # of an unscaled backward nothing stays
                 loss_scale = self.context.scaling.of_backward(self.name)
-                if not self.keep(grad, loss_scale):
-                    self.take(grad, loss_scale)
+                self.take(grad, loss_scale, handed_over=True)
                 self.param.grad = self.handle
         self.context.arrived(self)
 

@@ -5,7 +5,7 @@ from tierflow.swap.lanes import CudaLane, HostLane
 from tierflow.swap.ledger import TRANSITIONS, Event, Ledger
 from tierflow.swap.manager import Manager, TierPools, Traffic
 from tierflow.swap.paged import PagedMemory, paged_bytes
-from tierflow.swap.pool import DebugMemory, Lease, Pool
+from tierflow.swap.pool import DebugMemory, Lease, Pool, aliases
 from tierflow.swap.tickets import Ticket
 from tierflow.swap.timeline import Lane, Lanes, Span, Timeline
 from tierflow.swap.types import (
@@ -47,5 +47,6 @@ __all__ = [
     "TierPools",
     "Timeline",
     "Traffic",
+    "aliases",
     "paged_bytes",
 ]

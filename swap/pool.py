@@ -27,6 +27,11 @@ def _own_uses() -> int:
 _OWN_USES = _own_uses()
 
 
+def aliases(data: torch.Tensor) -> int:
+    """How many live tensors beside this one refer to its memory."""
+    return _use_count(data) - _OWN_USES
+
+
 @dataclass(eq=False)
 class Lease:
     """Sole ownership of ``nbytes`` at ``offset`` of a pool's arena until ``release``."""
@@ -47,7 +52,7 @@ class Lease:
 
     def aliases(self) -> int:
         """How many live tensors beside this lease's own refer to the memory."""
-        return _use_count(self.bytes()) - _OWN_USES
+        return aliases(self.bytes())
 
     def release(self) -> None:
         """Returns the memory to its pool; idempotent."""

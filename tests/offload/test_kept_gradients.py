@@ -29,7 +29,7 @@ def slots(optimizer: Any) -> list[GradSlot]:
 
 
 def kept(optimizer: Any) -> list[bool]:
-    return [slot._memory is not slot._own for slot in slots(optimizer)]
+    return [slot.kept for slot in slots(optimizer)]
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
@@ -78,6 +78,31 @@ def test_what_a_hook_of_the_user_has_seen_does_not_change(tmp_path: Path) -> Non
     model(model.input(1)).backward()
     optimizer.step()
     assert all(torch.equal(grad, was) for grad, was in zip(seen, before, strict=False))
+    optimizer.close()
+
+
+class Together(nn.Module):
+    """Parameters whose gradients autograd makes of one storage: whole, or a part each."""
+
+    def __init__(self, parts: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.parts = parts
+        self.a, self.b, self.c = (nn.Parameter(torch.randn(shape)) for shape in ((4, 6), (6, 4), (24,)))
+
+    def forward(self, factor: float) -> torch.Tensor:
+        flat = [p.view(-1) for p in (self.a, self.b, self.c)]
+        joined = torch.cat(flat) if self.parts else flat[0] + flat[1] + flat[2]
+        return joined.dot(torch.full_like(joined, factor))
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_gradients_over_one_storage_add_up_each_for_itself(tmp_path: Path, parts: bool) -> None:
+    model = Together(parts)
+    optimizer = offload(model, tmp_path, accumulation=3)
+    for factor in (1.0, 2.0, 4.0):
+        model(factor).backward()
+    assert all(torch.equal(p.grad.clone(), torch.full(p.shape, 7.0)) for p in model.parameters())
     optimizer.close()
 
 
