@@ -37,6 +37,11 @@ class Job:
     unwritten: int = 0  # pieces whose weights are not home
     computed: bool = False
 
+    def divide(self, todo: list[tuple[int, int]]) -> None:
+        """A piece is to be made of each of these spans."""
+        self.todo = todo
+        self.computing = self.writing = self.unwritten = len(todo)
+
     @property
     def ended(self) -> bool:
         """Whether everything is where it belongs."""

@@ -27,7 +27,6 @@ from tierflow.swap.tickets import finish, finish_all
 #: Victims whose next use is farther than that of the given unit; None: any.
 VictimsBeyond = Callable[[Unit | None], Victims]
 
-
 #: Pieces whose states are read before their weights have room: what keeps the drive busy. More would only stand before
 #: reads that somebody waits for.
 AHEAD_OF_WEIGHTS = 8
@@ -334,8 +333,7 @@ class UpdateQueue:
         if job.tier is None or job.speculative:  # of no use here, and out of date once this has run
             self.forget(job.unit)
         job.cut = self._cut(job)
-        job.todo = list(job.cut)
-        job.computing = job.writing = job.unwritten = len(job.todo)
+        job.divide(list(job.cut))
         job.begun = True
         return True
 
@@ -362,9 +360,7 @@ class UpdateQueue:
         if manager.evictable(chunk, tier):
             manager.evict(chunk, tier)
         at = job.todo[0][0]
-        left = [span for span in self._cut(job) if span[0] >= at]
-        job.computing = job.writing = job.unwritten = len(left)
-        job.todo = left
+        job.divide([span for span in self._cut(job) if span[0] >= at])
 
     def _compute(self) -> bool:
         """Runs the kernel of the oldest piece that was read; False if none is ready."""

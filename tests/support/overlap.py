@@ -65,7 +65,7 @@ def plain_of(case: Case) -> Case:
     """The same training with nothing moved and nothing overlapped."""
     return replace(
         case, placement=RESIDENT, gradients="host", update="immediate", loop="owned", order="micro_batch",
-        through_host=False, slack=0.0, delay=0.0, worker=False,
+        through_host=False, delay=0.0, worker=False,
     )  # fmt: skip
 
 
@@ -136,7 +136,7 @@ def config_of(case: Case, path: Path) -> dict[str, Any]:
             found["fp16"] = {"enabled": True, "initial_scale_power": 22, "loss_scale_window": 2, "hysteresis": 1}
         return found
 
-    if case == plain_of(case):
+    if case.placement == RESIDENT:
         return with_caps({})
     model = make_model(case)
     trained = {id(p) for p in model.parameters() if p.requires_grad}
@@ -177,7 +177,7 @@ class Run:
     def __init__(self, case: Case, path: Path, change: Callable[[Any], None] = lambda engine: None):
         self.case, self.path, self.seen = case, path, Seen()
         self.model = make_model(case)
-        debug = DebugMemory(random.Random(case.seed), case.through_host) if case != plain_of(case) else None
+        debug = DebugMemory(random.Random(case.seed), case.through_host) if case.placement != RESIDENT else None
         self.engine: Any = None
         options = {"param_groups": groups_of(self.model, case), "debug_memory": debug}
         if case.loop == "batch":

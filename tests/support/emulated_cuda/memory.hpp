@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 #include <c10/core/Allocator.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <map>
