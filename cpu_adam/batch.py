@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from . import _cpu_adam, kernels, state
+from . import _cpu_adam, choice, state
 from .formats import StateFormat
 from .operands import FLOATS, Operands, check_apart, check_overlap, operands
 from .rules import Rule
@@ -64,7 +64,7 @@ class Batch:
 
     def __init__(self, rule: Rule, prepared: dict[int, Prepared]):
         self._rule, self._prepared = rule, prepared
-        self._native = _cpu_adam.Batch(kernels.isa_index(None))
+        self._native = _cpu_adam.Batch(choice.isa_index(None))
         self._operands: list[Operands] = []
         self._fresh = False  # something of it is new
         self._gradients: list[Tensor] = []  # copies, alive until they are read
@@ -127,7 +127,7 @@ class Batch:
         """Steps all of them, and counts it. Raises ValueError, with nothing stepped, where two share memory."""
         if self._fresh:
             check_overlap(_named(self._operands))
-        self._native.run(kernels.threads_for_step(None, sum(found.n for found in self._operands)))
+        self._native.run(choice.threads_for_step(None, sum(found.n for found in self._operands)))
         increment_version(self._params)  # the kernel wrote behind autograd's back
         for p, weight in self._copies:
             p.copy_(weight)

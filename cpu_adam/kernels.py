@@ -8,19 +8,17 @@ defined bits. Results are written through raw pointers: autograd's version count
 from __future__ import annotations
 
 import math
-import os
-import warnings
 from collections.abc import Mapping
-from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _cpu_adam
-from .formats import GROUP
-from .operands import FLOATS, address, check_apart, check_overlap, operands
+from .choice import check_threads, isa, isa_index, isas, set_threads, threads
+from .operands import FLOATS, address, check_overlap
 from .rules import ADAM, Hyper, Rule
+from .steps import Steps
 
 __all__ = [
     "GradStats",
@@ -36,75 +34,12 @@ __all__ = [
     "threads",
 ]
 
-_ISAS = tuple(_cpu_adam.isas())
-# The processors that this process may use, which may be fewer than there are.
-_default_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
 
 class GradStats(NamedTuple):
     """What a pass over a gradient tells: the sum of its squares, in double, and if all of it is finite."""
 
     sum_squares: float
     finite: bool
-
-
-def isas() -> list[str]:
-    """The instruction sets that this CPU can run, best first; "scalar" is always the last."""
-    return list(_ISAS)
-
-
-@cache
-def isa_index(name: str | None) -> int:
-    """The native half's number of an instruction set; None: of the one in use."""
-    if name is None:
-        name = os.environ.get("TIERFLOW_ISA") or _ISAS[0]
-    if name not in _ISAS:
-        raise ValueError(f"instruction set {name!r} is not available here; choose from {', '.join(_ISAS)}")
-    return _ISAS.index(name)
-
-
-def isa() -> str:
-    """The instruction set in use: the environment variable TIERFLOW_ISA's (read once), else the best."""
-    return _ISAS[isa_index(None)]
-
-
-def threads() -> int:
-    """How many threads a large call uses, the caller's included."""
-    return _default_threads
-
-
-def set_threads(n: int) -> None:
-    """Set how many threads a large call uses. Results do not depend on it."""
-    global _default_threads
-    _default_threads = _check_threads(n)
-
-
-def _check_threads(n: int | None) -> int:
-    if n is None:
-        return _default_threads
-    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= 4096:
-        raise ValueError(f"threads must be an integer from 1 to 4096, got {n!r}")
-    return n
-
-
-#: Below this many elements a step is too short for threads to matter.
-_WORTH_A_WARNING = 1 << 20
-_PRESENT = os.cpu_count() or 1
-_warned = False
-
-
-def threads_for_step(n: int | None, elements: int) -> int:
-    """Of a step; says once if a long one uses less than the machine has, unless the caller chose the number."""
-    global _warned
-    if n is None and not _warned and elements >= _WORTH_A_WARNING and _default_threads < _PRESENT:
-        _warned = True
-        warnings.warn(
-            f"the optimizer step runs on {_default_threads} of this machine's {_PRESENT} processors: this process is "
-            "limited to them (taskset, a container), or set_threads() was called",
-            RuntimeWarning,
-            stacklevel=5,
-        )
-    return _check_threads(n)
 
 
 def adam_step(
@@ -171,20 +106,9 @@ def rule_step(
     threads: int | None = None,
 ) -> None:
     """One step of any rule; `moments` holds what `rule.moments` names. For the rest see `adam_step`."""
-    found = operands(rule, param, moments, master, scale)
-    g_ptr = address("grad", grad, found.n, FLOATS)
-    check_apart(g_ptr, grad.nbytes, found)
-    if hyper.step < 1:
-        raise ValueError(f"step counts from 1, got {hyper.step}")
-    if index < 0 or index % GROUP:
-        raise ValueError(f"index must be a multiple of {GROUP}, at which a group begins, got {index}")
-    batch = _cpu_adam.Batch(isa_index(isa))
-    constants, general = rule.constants(hyper)
-    batch.add(
-        *found[:-1], g_ptr, FLOATS[grad.dtype], constants, general, unscale, -clip if maximize else clip,
-        seed & 0xFFFFFFFFFFFFFFFF, hyper.step, index // GROUP, 0,
-    )  # fmt: skip
-    batch.run(threads_for_step(threads, found.n))
+    steps = Steps(rule, param, moments, master=master, scale=scale, isa=isa)
+    steps.add(0, param.numel(), grad, hyper=hyper, maximize=maximize, unscale=unscale, clip=clip, seed=seed, index=index)
+    steps.run(threads)
 
 
 def intake(
@@ -201,7 +125,7 @@ def intake(
         check_overlap([(d_ptr, n * dst.itemsize, "dst"), (s_ptr, n * src.itemsize, "src")])
     total = _cpu_adam.intake(
         n, d_ptr, FLOATS[dst.dtype], s_ptr, FLOATS[src.dtype], accumulate,
-        isa_index(isa), _check_threads(threads),
+        isa_index(isa), check_threads(threads),
     )  # fmt: skip
     return GradStats(total, math.isfinite(total))
 
@@ -210,7 +134,7 @@ def grad_stats(src: Tensor, *, isa: str | None = None, threads: int | None = Non
     """The sum of squares of a tensor and whether all of it is finite; the bits are those of `intake`."""
     s_ptr = address("src", src, None, FLOATS)
     total = _cpu_adam.sum_squares(
-        src.numel(), s_ptr, FLOATS[src.dtype], isa_index(isa), _check_threads(threads)
+        src.numel(), s_ptr, FLOATS[src.dtype], isa_index(isa), check_threads(threads)
     )
     # The square of any fp32 value, and any sum of them that fits in memory, is finite in double.
     return GradStats(total, math.isfinite(total))
@@ -225,7 +149,7 @@ def split(
     Finite values from 0x7f7f8000 (3.3962e38) on read as infinity in `param` alone.
     """
     n, ptrs = _split_arguments(master, param, remainder)
-    _cpu_adam.split(n, *ptrs, isa_index(isa), _check_threads(threads))
+    _cpu_adam.split(n, *ptrs, isa_index(isa), check_threads(threads))
 
 
 def join(
@@ -233,7 +157,7 @@ def join(
 ) -> None:
     """Write to fp32 `out` the master weight that bf16 `param` and int16 `remainder` hold together."""
     n, (o_ptr, p_ptr, r_ptr) = _split_arguments(out, param, remainder, "out")
-    _cpu_adam.join(n, p_ptr, r_ptr, o_ptr, isa_index(isa), _check_threads(threads))
+    _cpu_adam.join(n, p_ptr, r_ptr, o_ptr, isa_index(isa), check_threads(threads))
 
 
 def _split_arguments(

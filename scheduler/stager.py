@@ -7,12 +7,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from tierflow.cpu_adam import kernels, reference
+from tierflow.cpu_adam import reference
 from tierflow.cpu_adam.rules import ADAM, Rule
+from tierflow.cpu_adam.steps import Steps
 from tierflow.scheduler.gradients import GradSlot
 from tierflow.scheduler.idle import IdleGradients
 from tierflow.scheduler.jobs import Job, Piece, kinds, segments
-from tierflow.scheduler.param_step import ParamStep
 from tierflow.scheduler.placement import staged_kinds
 from tierflow.scheduler.spill import SpilledGradients
 from tierflow.scheduler.units import STATES, Slot, Unit
@@ -165,37 +165,43 @@ class Stager:
         began, stamp = time.perf_counter(), None if on_host else self.manager.lane.stamp()
         for kind, before in piece.before.items():
             before.copy_(piece.tensors[kind])
-        for segment in segments(piece.job, piece.begin, piece.end):
-            self._update(piece, *segment)
+        self._update_on_host(piece) if piece.tensors[Kind.PARAM].is_cpu else self._update_on_device(piece)
         self.kernel_seconds += time.perf_counter() - began
         work = Inline(began) if stamp is None else self.manager.lane.stretch(stamp)
         nbytes = sum(t.nbytes for t in piece.tensors.values())
         self._timeline.follow(Lane.UPDATE, f"{piece.job.unit.label} update", work, nbytes)
 
-    def _update(self, piece: Piece, begin: int, end: int, slot: Slot, grad: GradSlot, settings: ParamStep) -> None:
-        """Elements [begin, end) of the unit, which are one parameter's.
+    def _update_on_host(self, piece: Piece) -> None:
+        """All parameters of the piece in one call of the kernels.
 
         [Note: rounding by chance] The kernels draw for each element from a seed, the step and its place. Seed and place are
         the parameter's own, its number in the model and the element in it; so the bits do not depend on how the model is
         cut into units and these into pieces, which follows from the caps.
         """
-        unit = piece.job.unit
-        if Kind.GRAD in piece.tensors:
-            memory = piece.tensors[Kind.GRAD][begin - piece.begin : end - piece.begin]
-        else:
-            memory = grad.memory.view(-1)[begin - slot.offset : end - slot.offset]
-        on_host = memory.device.type == "cpu"
-        step = kernels.rule_step if on_host else reference.rule_step
-        size = end - begin if on_host else DEVICE_ELEMENTS
-        for low in range(begin, end, size):
-            high = min(low + size, end)
-            here = {k: _part(unit, k, t, low - piece.begin, high - piece.begin) for k, t in piece.tensors.items()}
-            step(
-                self._rule, here[Kind.PARAM], memory[low - begin : high - begin],
-                {name: here[Kind(name)] for name in self._rule.moments}, hyper=settings.hyper, master=here.get(Kind.MASTER),
-                scale=here.get(Kind.SCALE), maximize=settings.maximize, unscale=settings.unscale, clip=settings.clip,
-                seed=slot.order, index=low - slot.offset,
+        tensors = piece.tensors
+        moments = {name: tensors[Kind(name)] for name in self._rule.moments}
+        steps = Steps(self._rule, tensors[Kind.PARAM], moments, master=tensors.get(Kind.MASTER), scale=tensors.get(Kind.SCALE))
+        for begin, end, slot, grad, step in segments(piece.job, piece.begin, piece.end):
+            memory = _gradient(piece, begin, end, slot, grad)
+            steps.add(
+                begin - piece.begin, end - piece.begin, memory, hyper=step.hyper, maximize=step.maximize,
+                unscale=step.unscale, clip=step.clip, seed=slot.order, index=begin - slot.offset,
             )  # fmt: skip
+        steps.run()
+
+    def _update_on_device(self, piece: Piece) -> None:
+        unit = piece.job.unit
+        for begin, end, slot, grad, step in segments(piece.job, piece.begin, piece.end):
+            memory = _gradient(piece, begin, end, slot, grad)
+            for low in range(begin, end, DEVICE_ELEMENTS):
+                high = min(low + DEVICE_ELEMENTS, end)
+                here = {k: _part(unit, k, t, low - piece.begin, high - piece.begin) for k, t in piece.tensors.items()}
+                reference.rule_step(
+                    self._rule, here[Kind.PARAM], memory[low - begin : high - begin],
+                    {name: here[Kind(name)] for name in self._rule.moments}, hyper=step.hyper, master=here.get(Kind.MASTER),
+                    scale=here.get(Kind.SCALE), maximize=step.maximize, unscale=step.unscale, clip=step.clip,
+                    seed=slot.order, index=low - slot.offset,
+                )  # fmt: skip
 
     def write_first(self, piece: Piece) -> None:
         """Starts writing the weights home, and states whose home is memory."""
@@ -268,6 +274,14 @@ class Stager:
         """Ends the kernels' thread."""
         if self._worker is not None:
             self._worker.shutdown()
+
+
+def _gradient(piece: Piece, begin: int, end: int, slot: Slot, grad: GradSlot) -> torch.Tensor:
+    """That of elements [begin, end) of the piece's unit, which are one parameter's."""
+    if Kind.GRAD in piece.tensors:
+        return piece.tensors[Kind.GRAD][begin - piece.begin : end - piece.begin]
+    memory = grad.memory.view(-1)
+    return memory if end - begin == slot.numel else memory[begin - slot.offset : end - slot.offset]
 
 
 def _part(unit: Unit, kind: Kind, values: torch.Tensor, begin: int, end: int) -> torch.Tensor:

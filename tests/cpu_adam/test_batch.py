@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from tierflow.cpu_adam import CPUAdagrad, CPUAdamW, CPULion, kernels, reference
+from tierflow.cpu_adam import CPUAdagrad, CPUAdamW, CPULion, choice, reference
 from tierflow.cpu_adam.formats import resolve
 from tierflow.cpu_adam.rules import Hyper
 
@@ -56,7 +56,7 @@ def gradients(params: list[nn.Parameter], seed: int) -> None:
 @pytest.mark.parametrize(("cls", "name", "dtype"), KINDS)
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_a_step_over_all_has_the_bits_of_the_reference_on_each(cls, name, dtype, threads, monkeypatch):
-    monkeypatch.setattr(kernels, "_default_threads", threads)
+    monkeypatch.setattr(choice, "_default_threads", threads)
     params = tensors(dtype)
     optimizer = cls(params, lr=1e-2, weight_decay=0.1, state_format=name, seed=3)
     for step in range(1, 4):

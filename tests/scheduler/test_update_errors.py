@@ -20,7 +20,7 @@ def test_an_error_in_a_kernel_is_raised_at_once_and_the_run_is_over(update: str,
     def broken(*args: object, **kwargs: object) -> None:
         raise ValueError("no such kernel")
 
-    monkeypatch.setattr(stager.kernels, "rule_step", broken)
+    monkeypatch.setattr(stager, "Steps", broken)
     with pytest.raises(ValueError, match="no such kernel"):
         optimizer.step()
         optimizer.zero_grad()
