@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import gc
+import itertools
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -72,7 +74,7 @@ except PermissionError as error:
     assert "not writable" in str(error) and error.filename == sys.argv[1], error
     print("refused")
 """
-    for parent in (tmp_path.parent, tmp_path.parent.parent):
+    for parent in itertools.takewhile(lambda p: p != Path(tempfile.gettempdir()), tmp_path.parents):
         parent.chmod(parent.stat().st_mode | 0o011)
     tmp_path.chmod(0o555)
     done = python(source, tmp_path)

@@ -19,7 +19,7 @@ WIDEST = 16
 
 
 def label(value):
-    return str(value).removeprefix("torch.")
+    return getattr(value, "name", str(value).removeprefix("torch."))
 
 
 def fresh(name, param, n, rule=ADAM, seed=0):
