@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 
 from tierflow.scheduler.jobs import Job, Piece
 from tierflow.scheduler.stager import Stager
 from tierflow.scheduler.units import Unit
 from tierflow.swap import CapacityError, Chunk, Tier
-from tierflow.swap.tickets import finish
 
 #: Pieces of the step to come that are being read at once: the backward's weights wait behind them.
 FORESEEN_AT_ONCE = 2
@@ -87,10 +85,7 @@ class ReadAhead:
         for key in keys:
             piece = self._pieces.pop(key)
             self.forgotten += sum(piece.tensors[kind].nbytes for kind in piece.staged)
-            for ticket in piece.reads:
-                with contextlib.suppress(OSError):
-                    finish(ticket)
-            self._stager.release(piece)
+            self._stager.abandon(piece)
         return bool(keys)
 
 

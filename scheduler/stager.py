@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -52,6 +53,13 @@ class Stager:
             if (tier is Tier.HOST or self.on_device) and self.manager.ledger.valid(chunk, tier):
                 return tier
         return None
+
+    def tier_of_use(self, unit: Unit) -> Tier | None:
+        """Where the weights are updated on their way to their next use; None where that is done in pieces."""
+        there = self.in_place(unit.chunk)
+        if there is not None or self.manager.home(unit.chunk) is not Tier.NVME:
+            return there
+        return Tier.DEVICE if self.on_device else Tier.HOST
 
     def streams(self, unit: Unit) -> bool:
         """Whether the unit has states on NVMe."""
@@ -239,6 +247,15 @@ class Stager:
         if piece.holds_gradients and self._spilled is not None:
             self._spilled.let_go(piece.job.unit.index)
         piece.holds_gradients = False
+
+    def abandon(self, piece: Piece) -> None:
+        """Ends what is under way for the piece, whatever comes of it, and gives its memory back."""
+        for ticket in (*piece.reads, *piece.weights, *piece.writes, *piece.fills):
+            with contextlib.suppress(OSError):
+                finish(ticket)
+        if piece.kernel is not None:
+            piece.kernel.exception()
+        self.release(piece)
 
     def release(self, piece: Piece) -> None:
         """Gives the staging memory back; nothing of the piece is under way any more."""

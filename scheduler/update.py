@@ -8,7 +8,6 @@ through staging memory in pieces instead, and takes no room from what is cached.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -20,9 +19,9 @@ from tierflow.scheduler.stager import Stager
 from tierflow.scheduler.staging_room import StagingRoom
 from tierflow.scheduler.units import Unit
 from tierflow.scheduler.write_behind import WriteBehind
-from tierflow.swap import CapacityError, Chunk, CopyState, Lane, Lease, Tier
+from tierflow.swap import CapacityError, Chunk, Lane, Lease, Tier
 from tierflow.swap.manager import Victims
-from tierflow.swap.tickets import finish, finish_all
+from tierflow.swap.tickets import finish_all
 
 #: Victims whose next use is farther than that of the given unit; None: any.
 VictimsBeyond = Callable[[Unit | None], Victims]
@@ -102,14 +101,14 @@ class UpdateQueue:
 
     def _to_come(self, units: Iterable[Unit]) -> Iterator[Job]:
         for unit in units:
-            tier = self._tier_of_use(unit)
+            tier = self.stager.tier_of_use(unit)
             if tier is not None and self.stager.streams(unit) and not self.stager.spilled(unit):  # its gradient is to come
                 yield foreseen(unit, tier)
 
     def _look_ahead(self) -> None:
         """Reads states of jobs whose weights have no room yet, so that the drive goes on meanwhile."""
         for job in self._waiting:
-            tier = self._tier_of_use(job.unit) if job.whole and not (job.begun or job.read_ahead) else None
+            tier = self.stager.tier_of_use(job.unit) if job.whole and not (job.begun or job.read_ahead) else None
             if tier is None or job.speculative:
                 continue
             if len(self.ahead) >= AHEAD_OF_WEIGHTS or not self._room_for(job.unit, len(self.ahead)):
@@ -125,8 +124,23 @@ class UpdateQueue:
         return self.ahead.forget(unit)
 
     def reclaim(self) -> bool:
-        """Gives back staging memory, of what was read ahead or else of a piece that is written for it; False if there is none."""
-        return self.forget() or self._writing.end_oldest()
+        """Gives back staging memory, of what was read ahead or else of a piece that is written for it; False if there is none.
+
+        True also where a piece has come one stage nearer to that.
+        """
+        return self.forget() or self._writing.end_oldest() or self._end_oldest()
+
+    def _end_oldest(self) -> bool:
+        """The oldest piece that is read or computed goes on to its write; False if there is none, or it lacks its weights."""
+        if not self._computing and self._reading:
+            self._wait_read(self._reading[0])
+            if self._has_weights(self._reading[0].job):
+                self._compute()
+        if not self._computing:
+            return False
+        self._wait_kernel(self._computing[0])
+        self._computed(self._computing[0])
+        return True
 
     # ---- progress
 
@@ -187,12 +201,7 @@ class UpdateQueue:
         """Ends what is under way, after an error: nothing writes to memory that is given back."""
         self.forget()
         for piece in (*self._reading, *self._computing, *self._writing):
-            for ticket in (*piece.reads, *piece.weights, *piece.writes, *piece.fills):
-                with contextlib.suppress(OSError):
-                    finish(ticket)
-            if piece.kernel is not None:
-                piece.kernel.exception()
-            self.stager.release(piece)
+            self.stager.abandon(piece)
         for queue in (self._reading, self._computing, self._writing, self._waiting):
             queue.clear()
         for job in self._jobs.values():
@@ -316,7 +325,7 @@ class UpdateQueue:
         manager, chunk = self._manager, job.unit.chunk
         home = manager.home(chunk)
         there = self.stager.in_place(chunk)
-        job.tier = there if there or not job.whole else self._tier_of_use(job.unit)
+        job.tier = there if there or not job.whole else self.stager.tier_of_use(job.unit)
         if job.tier is Tier.DEVICE and not (there or must or job.needed or self._in_turn(job.unit)):
             job.tier = None
             return False
@@ -337,13 +346,6 @@ class UpdateQueue:
         job.begun = True
         return True
 
-    def _tier_of_use(self, unit: Unit) -> Tier | None:
-        """Where the weights are updated on their way to their next use; None where that is done in pieces."""
-        there = self.stager.in_place(unit.chunk)
-        if there is not None or self._manager.home(unit.chunk) is not Tier.NVME:
-            return there
-        return Tier.DEVICE if self.stager.on_device else Tier.HOST
-
     def _cut(self, job: Job, every: bool = False) -> list[tuple[int, int]]:
         staged = job.speculative or self.stager.stages(job)
         return spans(job, self.piece_elements if staged else job.unit.chunk.numel, every)
@@ -352,7 +354,7 @@ class UpdateQueue:
         """Nothing is in flight, so the home has what the held copy has: its room serves the staging."""
         manager, chunk = self._manager, job.unit.chunk
         manager.fetches.settle_chunk(chunk)
-        self._home_is_whole(chunk)
+        self._manager.home_is_whole(chunk)
         tier = job.tier
         self._let_go(job)
         job.tier = None
@@ -381,8 +383,10 @@ class UpdateQueue:
         job, chunk = piece.job, piece.job.unit.chunk
         if job.tier is not None and not job.held and self._manager.home(chunk) is Tier.NVME:  # its fetch failed
             job.held = self._manager.fetches.start(chunk, self._victims(None), target=job.tier, hold=True)
-        there = job.tier is None or self._manager.ledger.valid(chunk, job.tier)
-        return there and piece.arrived()
+        return self._has_weights(job) and piece.arrived()
+
+    def _has_weights(self, job: Job) -> bool:
+        return job.tier is None or self._manager.ledger.valid(job.unit.chunk, job.tier)
 
     def _retire(self) -> bool:
         """Starts the writes of what was computed and ends what was written; False if there is nothing to do."""
@@ -414,7 +418,7 @@ class UpdateQueue:
         job = piece.job
         job.unwritten -= 1
         if not job.unwritten and job.tier is not None and not job.speculative:
-            self._home_is_whole(job.unit.chunk)
+            self._manager.home_is_whole(job.unit.chunk)
             self._let_go(job)
 
     def _ended(self, piece: Piece) -> None:
@@ -426,16 +430,10 @@ class UpdateQueue:
         if job.tier is None:
             self._manager.wrote(chunk, self._manager.home(chunk))
         else:
-            self._home_is_whole(chunk)
+            self._manager.home_is_whole(chunk)
         self._let_go(job)
         del self._jobs[job.unit.index]
         self.forget(job.unit)  # a part of it that had no gradient
-
-    def _home_is_whole(self, chunk: Chunk) -> None:
-        """All that was computed has been written through."""
-        home = self._manager.home(chunk)
-        if self._manager.ledger.state(chunk, home) is CopyState.STALE:
-            self._manager.ledger.renew(chunk, home)
 
     def _lost(self, chunk: Chunk) -> None:
         job = self._jobs.get(chunk.unit)

@@ -255,6 +255,12 @@ class Manager:
         self._marks.pop(chunk.id, None)
         return lease
 
+    def home_is_whole(self, chunk: Chunk) -> None:
+        """All that was changed in a copy of the chunk has been written to its home."""
+        home = self.home(chunk)
+        if self.ledger.state(chunk, home) is CopyState.STALE:
+            self.ledger.renew(chunk, home)
+
     def wrote(self, chunk: Chunk, tier: Tier) -> None:
         """The copy in ``tier`` is now the only true one: cached others are dropped."""
         for other in self.ledger.wrote(chunk, tier):

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from outcome import Stack, states_of
-from slow import SlowStore
+from slow import SlowStore, slow_down
 
 import tierflow
 from tierflow.scheduler.read_ahead import FORESEEN_AT_ONCE
@@ -111,11 +111,17 @@ def test_a_backward_reads_little_ahead_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("frozen", [0, 9])
 @pytest.mark.parametrize("pieces", [2, 4])
-def test_what_waits_gives_way_to_what_is_asked_for(tmp_path: Path, frozen: int, pieces: int) -> None:
-    """Between steps all staging memory may hold states that wait; a weight that was never updated needs some of it."""
+@pytest.mark.parametrize(("less", "seconds"), [(0, 0.0), (16384, 0.01)])
+def test_what_waits_gives_way_to_what_is_asked_for(
+    tmp_path: Path, frozen: int, pieces: int, less: int, seconds: float
+) -> None:
+    """Between steps all staging memory may hold states that wait, or that a slow drive still reads; a weight that was never
+    updated needs some of it.
+    """
     model = Stack(10, WIDTH)
     model.layers[frozen].requires_grad_(False)
-    optimizer = offloaded(tmp_path, model, 8 * UNIT, 9 * UNIT + pieces * PIECE)
+    optimizer = offloaded(tmp_path, model, 8 * UNIT, 9 * UNIT + pieces * PIECE - less)
+    slow_down(optimizer.engine, seconds)
     weight = model.layers[frozen].weight
     for number in range(4):
         step(model, optimizer, number)
