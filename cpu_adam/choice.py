@@ -47,6 +47,7 @@ def set_threads(n: int) -> None:
 
 
 def check_threads(n: int | None) -> int:
+    """How many threads a call uses that was given ``n``; None: the default. Raises ValueError for what is no such number."""
     if n is None:
         return _default_threads
     if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= 4096:

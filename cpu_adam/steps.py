@@ -16,8 +16,8 @@ __all__ = ["Steps"]
 
 
 class Steps:
-    """One step of each of some parts. ``param``, ``moments``, ``master`` and ``scale``: 1-D, as `kernels.rule_step` takes
-    them, and checked once for all parts.
+    """A step of every part that is added. ``param``, ``moments``, ``master`` and ``scale`` hold all parts: 1-D, as
+    `kernels.rule_step` takes them, and checked once.
 
     Raises ValueError or TypeError for what the kernels cannot take.
     """
@@ -70,7 +70,7 @@ class Steps:
         self._end = end
 
     def run(self, threads: int | None = None) -> None:
-        """Steps all of them; once."""
+        """Steps every part. To be called once."""
         self._native.run(threads_for_step(threads, self._elements))
 
 

@@ -42,8 +42,8 @@ class GradContext:
     """What the gradients of an engine have in common.
 
     ``before_write``: called before a gradient's memory changes; ``arrived``: after one was accumulated. ``spilled``: brings
-    gradients that live on NVMe to their memory; None where they live in memory. ``keeps``: that memory serves nothing else,
-    see [Note: kept gradients].
+    gradients that live on NVMe to their memory; None where they live in memory. ``keeps``: whether a gradient may
+    stay what autograd made, see [Note: kept gradients].
     """
 
     lane: DeviceLane

@@ -128,9 +128,9 @@ class UpdateQueue:
 
         True also where a piece has come one stage nearer to that.
         """
-        return self.forget() or self._writing.end_oldest() or self._end_oldest()
+        return self.forget() or self._writing.end_oldest() or self._advance_oldest()
 
-    def _end_oldest(self) -> bool:
+    def _advance_oldest(self) -> bool:
         """The oldest piece that is read or computed goes on to its write; False if there is none, or it lacks its weights."""
         if not self._computing and self._reading:
             self._wait_read(self._reading[0])
@@ -354,7 +354,7 @@ class UpdateQueue:
         """Nothing is in flight, so the home has what the held copy has: its room serves the staging."""
         manager, chunk = self._manager, job.unit.chunk
         manager.fetches.settle_chunk(chunk)
-        self._manager.home_is_whole(chunk)
+        manager.renew_home(chunk)
         tier = job.tier
         self._let_go(job)
         job.tier = None
@@ -418,7 +418,7 @@ class UpdateQueue:
         job = piece.job
         job.unwritten -= 1
         if not job.unwritten and job.tier is not None and not job.speculative:
-            self._manager.home_is_whole(job.unit.chunk)
+            self._manager.renew_home(job.unit.chunk)
             self._let_go(job)
 
     def _ended(self, piece: Piece) -> None:
@@ -430,7 +430,7 @@ class UpdateQueue:
         if job.tier is None:
             self._manager.wrote(chunk, self._manager.home(chunk))
         else:
-            self._manager.home_is_whole(chunk)
+            self._manager.renew_home(chunk)
         self._let_go(job)
         del self._jobs[job.unit.index]
         self.forget(job.unit)  # a part of it that had no gradient

@@ -255,8 +255,8 @@ class Manager:
         self._marks.pop(chunk.id, None)
         return lease
 
-    def home_is_whole(self, chunk: Chunk) -> None:
-        """All that was changed in a copy of the chunk has been written to its home."""
+    def renew_home(self, chunk: Chunk) -> None:
+        """All that was changed in a copy of the chunk has been written to its home, which may be read again."""
         home = self.home(chunk)
         if self.ledger.state(chunk, home) is CopyState.STALE:
             self.ledger.renew(chunk, home)
