@@ -1,11 +1,15 @@
 """Which tier each kind of each unit lives in for good, under the caps.
 
 The placement names the slowest tier that a kind may live in. Room that is left in a faster tier is filled in the order
-of first use, with weights and then with gradients and optimizer states, each cut where the room ends: DEVICE takes weights
-by the unit, all else is in any number of bytes in each tier. What lives in memory crosses no link at all; a cache of the
-same size would spare the reads only. The first units of the order are those that the next forward and its updates need
-before anything could be brought up. While weights stream through DEVICE, what is left there is their cache, and serves what
-no plan can know (a view that is kept, a checkpoint within a block); states go there once all weights live there.
+of first use, with weights and then with gradients and optimizer states, each cut where the room ends: any number of bytes
+of a kind is in each tier. What lives in memory crosses no link at all; a cache of the same size would spare the reads only.
+The first units of the order are those that the next forward and its updates need before anything could be brought up.
+States go to DEVICE once all weights live there.
+
+[Note: a part of a unit's weights on DEVICE] lies there beside the copy of the whole that torch needs while it computes. It
+spares the drive two reads and a write of each byte, or takes it from HOST, where other things find room then. An
+accelerator's is staged in HOST for its update, as weights that live there whole are, and where that takes more than the
+part is worth the unit is not cut.
 
 [Note: states on an accelerator] They are updated by the processor's kernels, so that the caps decide no bit. In HOST they
 cross no link, on the DEVICE they cross the bus, which is still faster than a drive. So HOST is filled with states first,
@@ -20,7 +24,7 @@ from functools import partial
 from tierflow.scheduler.homes import Homes, needs_of
 from tierflow.scheduler.placement import Caps, Needs, Placement, Together
 from tierflow.scheduler.units import Unit
-from tierflow.swap import Kind, Tier
+from tierflow.swap import IO_BYTES, Kind, Tier
 
 
 def choose_homes(units: list[Unit], placement: Placement, caps: Caps, together: Together, order: list[int]) -> Homes:
@@ -30,8 +34,15 @@ def choose_homes(units: list[Unit], placement: Placement, caps: Caps, together: 
     their way, and weights get that.
     """
     by_use = sorted(units, key=lambda u: order.index(u.index) if u.index in order else len(order))
-    found = [_fill_tiers(by_use, placement, caps, together, all_states) for all_states in (False, True)]
-    return min(found, key=lambda homes: _traffic(homes, units))
+    found = [_fill_tiers(by_use, placement, caps, together, all_states, True) for all_states in (False, True)]
+    if any(homes.bytes_in(u, Kind.PARAM, Tier.DEVICE) for homes in found for u in homes.streamed(units)):
+        found += [_fill_tiers(by_use, placement, caps, together, all_states, False) for all_states in (False, True)]
+
+    def cost(homes: Homes) -> tuple[int, int]:
+        need = homes.stay(units, Tier.HOST) + needs_of(homes, units, placement, together).host_min
+        return max(need - caps.host, 0), _traffic(homes, units)
+
+    return min(found, key=cost)
 
 
 def _traffic(homes: Homes, units: list[Unit]) -> int:
@@ -41,8 +52,12 @@ def _traffic(homes: Homes, units: list[Unit]) -> int:
     return 2 * everything + trained_weights
 
 
-def _fill_tiers(units: list[Unit], placement: Placement, caps: Caps, together: Together, all_states: bool) -> Homes:
-    """``units``: in order of first use. ``all_states``: all of them come before weights, if there is room."""
+def _fill_tiers(
+    units: list[Unit], placement: Placement, caps: Caps, together: Together, all_states: bool, cut_on_device: bool
+) -> Homes:
+    """``units``: in order of first use. ``all_states``: all of them come before weights in HOST, if there is room.
+    ``cut_on_device``: DEVICE takes a part of a unit's weights where it has no room for a whole unit.
+    """
     homes = Homes({(u.index, kind): placement.home(kind) for u in units for kind in u.chunks})
 
     def room(tier: Tier) -> int:
@@ -55,15 +70,17 @@ def _fill_tiers(units: list[Unit], placement: Placement, caps: Caps, together: T
 
     def weights_to_host() -> None:
         weights_to(Tier.HOST, homes.from_nvme(units))
-        _keep(homes, homes.from_nvme(units), Kind.PARAM, partial(room, Tier.HOST))
+        _keep(homes, homes.from_nvme(units), Kind.PARAM, Tier.HOST, partial(room, Tier.HOST))
 
     weights_to(Tier.DEVICE, homes.streamed(units))
+    if cut_on_device:
+        _keep(homes, homes.streamed(units), Kind.PARAM, Tier.DEVICE, partial(room, Tier.DEVICE))
     _spill_gradients(homes, units, placement, caps, together)
     if all_states:
         _fill_all(homes, _states(homes, units, (Tier.NVME,)), Tier.HOST, partial(room, Tier.HOST))
     weights_to_host()
     if placement.gradients == "auto":
-        _keep(homes, homes.spilled(units), Kind.GRAD, partial(room, Tier.HOST))
+        _keep(homes, homes.spilled(units), Kind.GRAD, Tier.HOST, partial(room, Tier.HOST))
     on_device = () if homes.streamed(units) else (Tier.HOST, Tier.NVME) if placement.device_is_host else (Tier.NVME,)
     turns = [(Tier.DEVICE, on_device), (Tier.HOST, (Tier.NVME,))]
     for tier, slower in turns if placement.device_is_host else reversed(turns):
@@ -91,14 +108,16 @@ def _spill_gradients(homes: Homes, units: list[Unit], placement: Placement, caps
         homes.tiers[unit.index, Kind.GRAD] = Tier.NVME
 
 
-def _keep(homes: Homes, units: list[Unit], kind: Kind, room: Callable[[], int]) -> None:
-    """Gives HOST the first bytes of what lives on NVMe, as far as there is room; a little stays there of each."""
+def _keep(homes: Homes, units: list[Unit], kind: Kind, tier: Tier, room: Callable[[], int]) -> None:
+    """Gives a tier bytes of what lives in slower ones, as far as there is room; a little stays there of each unit."""
     for unit in units:
+        if room() < IO_BYTES:
+            return
         grain, chunk = unit.grain, unit.chunks[kind]
-        kept = homes.kept.get((unit.index, kind), 0)
-        more = min(max(room(), 0) // chunk.bytes_of(grain) * grain, (chunk.numel - 1) // grain * grain - kept)
+        kept = homes.ahead.get((unit.index, kind), {})
+        more = min(room() // chunk.bytes_of(grain) * grain, (chunk.numel - 1) // grain * grain - sum(kept.values()))
         if more > 0:
-            homes.kept[unit.index, kind] = kept + more
+            homes.ahead[unit.index, kind] = kept | {tier: kept.get(tier, 0) + more}
 
 
 def _fill_with_states(
@@ -108,8 +127,9 @@ def _fill_with_states(
     _fill(homes, _states(homes, units, slower), tier, room)
     for cut in [u for u in units if homes.of_states(u) in slower][:1]:
         part = room() // sum(chunk.bytes_of(cut.grain) for chunk in cut.states) * cut.grain
-        if part > 0:
-            homes.ahead[cut.index] = homes.ahead.get(cut.index, {}) | {tier: part}
+        for chunk in cut.states if part > 0 else ():
+            ahead = homes.ahead.setdefault((cut.index, chunk.kind), {})
+            ahead[tier] = part
 
 
 def _states(homes: Homes, units: list[Unit], tiers: Collection[Tier]) -> list[list[tuple[int, Kind]]]:

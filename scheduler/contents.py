@@ -42,9 +42,11 @@ def _parts(unit: Unit, kind: Kind, begin: int, end: int) -> Iterator[tuple[Chunk
 
 
 def _read_part(manager: Manager, chunk: Chunk, begin: int, out: torch.Tensor, victims: Victims) -> None:
-    tier, end = manager.home(chunk), begin + out.nbytes
-    if tier is not Tier.NVME:
-        out.copy_(manager.memory(chunk, tier).bytes()[begin:end])
+    end, done = begin + out.nbytes, 0
+    for there in manager.at_home(chunk, begin, end):
+        out[done : done + there.nbytes].copy_(there)
+        done += there.nbytes
+    if done == out.nbytes:
         return
     for low, high, scratch in _spans(manager, chunk, begin, end, victims):
         finish(manager.nvme.read(chunk, scratch, low))
@@ -54,9 +56,11 @@ def _read_part(manager: Manager, chunk: Chunk, begin: int, out: torch.Tensor, vi
 
 def _write_part(manager: Manager, chunk: Chunk, begin: int, data: torch.Tensor, victims: Victims) -> None:
     manager.fetches.settle_chunk(chunk)  # a prefetch under way would keep the old bytes, or half of them
-    tier, end = manager.home(chunk), begin + data.nbytes
-    if tier is not Tier.NVME:
-        manager.memory(chunk, tier).bytes()[begin:end].copy_(data)
+    end, done = begin + data.nbytes, 0
+    for there in manager.at_home(chunk, begin, end):
+        there.copy_(data[done : done + there.nbytes])
+        done += there.nbytes
+    if done == data.nbytes:
         return
     for low, high, scratch in _spans(manager, chunk, begin, end, victims):
         a, b = max(low, begin), min(high, end)

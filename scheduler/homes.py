@@ -5,24 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import lru_cache
 from itertools import accumulate, count
 
+from tierflow.cpu_adam.formats import KindLayout
 from tierflow.scheduler.placement import Needs, Placement, Together, staged_kinds, working_needs
 from tierflow.scheduler.units import STATES, Unit
 from tierflow.swap import Chunk, Kind, Manager, Tier, paged_bytes
+
+_NOTHING: dict[Tier, int] = {}
 
 
 @dataclass(frozen=True)
 class Homes:
     """The tier of every (unit index, kind).
 
-    ``ahead``: by unit index, how many elements of the states are in other tiers ahead of the rest, in this order.
-    ``kept``: of weights and gradients on NVMe, how many of their first elements HOST keeps.
+    ``ahead``: how many of its elements are in other tiers ahead of the rest, in this order; of all states of a unit alike.
     """
 
     tiers: dict[tuple[int, Kind], Tier]
-    ahead: dict[int, dict[Tier, int]] = field(default_factory=dict)
-    kept: dict[tuple[int, Kind], int] = field(default_factory=dict)
+    ahead: dict[tuple[int, Kind], dict[Tier, int]] = field(default_factory=dict)
 
     def of(self, unit: Unit, kind: Kind) -> Tier:
         """Where the kind lives; of one that is split, the last of it."""
@@ -34,21 +36,25 @@ class Homes:
 
     def parts(self, unit: Unit, kind: Kind) -> Iterator[tuple[Tier, int]]:
         """(tier, elements) of the parts that the kind is split into, in order."""
-        kept = self.kept_elements(unit, kind)
-        ahead = self.ahead.get(unit.index, {}) if kind in STATES else {Tier.HOST: kept} if kept else {}
-        yield from ahead.items()
-        yield self.of(unit, kind), unit.chunks[kind].numel - sum(ahead.values())
+        last, left = self.of(unit, kind), unit.chunks[kind].numel
+        for tier, elements in self.ahead.get((unit.index, kind), _NOTHING).items():
+            if tier is not last:
+                yield tier, elements
+                left -= elements
+        yield last, left
 
-    def kept_elements(self, unit: Unit, kind: Kind) -> int:
-        """How many elements HOST keeps of weights or gradients that live on NVMe."""
-        return self.kept.get((unit.index, kind), 0) if self.of(unit, kind) is Tier.NVME else 0
+    def cuts(self, unit: Unit, kind: Kind) -> list[int]:
+        """The elements at which the kind is cut."""
+        return list(accumulate(n for _, n in self.parts(unit, kind)))[:-1]
 
     def split(self, unit: Unit) -> bool:
         """Whether any kind of the unit is in several tiers."""
-        return any(len(list(self.parts(unit, kind))) > 1 for kind in unit.chunks)
+        return any(self.cuts(unit, kind) for kind in unit.chunks)
 
     def bytes_in(self, unit: Unit, kind: Kind, tier: Tier) -> int:
         """Bytes of the kind that live in the tier."""
+        if (unit.index, kind) not in self.ahead:  # a plan asks so often that it pays
+            return unit.chunks[kind].nbytes if self.of(unit, kind) is tier else 0
         return sum(unit.chunks[kind].bytes_of(n) for t, n in self.parts(unit, kind) if t is tier)
 
     def spilled(self, units: list[Unit]) -> list[Unit]:
@@ -81,20 +87,27 @@ class Homes:
     def stay(self, units: list[Unit], tier: Tier) -> int:
         """Bytes of the tier that are not working memory: what lives there, and the window of gradients on NVMe."""
         window = self.window(units) if tier is Tier.HOST else 0
-        return window + sum(n for (t, _), n in self.resident(units).items() if t is tier)
+        return window + sum(self.bytes_in(unit, kind, tier) for unit in units for kind in unit.chunks)
 
 
 def create_chunks(manager: Manager, units: list[Unit], homes: Homes) -> None:
-    """Gives every chunk its permanent place, and cuts the states that have several."""
+    """Gives every chunk its permanent place, and cuts the states that have several.
+
+    Weights and gradients stay one chunk, for torch wants them in one piece; an update takes weights that are all in memory
+    part by part.
+    """
     ids = count(1 + max(chunk.id for unit in units for chunk in unit.chunks.values()))
     for unit in units:
-        unit.split_states(list(accumulate(homes.ahead.get(unit.index, {}).values())), ids)
+        unit.split_states(homes.cuts(unit, unit.states[0].kind) if unit.states else [], ids)
+        if homes.of(unit, Kind.PARAM) is not Tier.NVME:
+            unit.cut_pieces(homes.cuts(unit, Kind.PARAM))
         for kind, chunk in unit.chunks.items():
-            if kind not in STATES:
-                manager.create(chunk, homes.of(unit, kind), chunk.bytes_of(homes.kept_elements(unit, kind)))
-                continue
-            for part, (tier, _) in zip(unit.parts(kind), homes.parts(unit, kind), strict=True):
-                manager.create(part, tier)
+            places = [(tier, chunk.bytes_of(n)) for tier, n in homes.parts(unit, kind)]
+            if kind in STATES:
+                for part, place in zip(unit.parts(kind), places, strict=True):
+                    manager.create(part, [place])
+            else:
+                manager.create(chunk, places)
 
 
 def needs_of(homes: Homes, units: list[Unit], placement: Placement, together: Together) -> Needs:
@@ -113,7 +126,12 @@ def _staged(homes: Homes, unit: Unit, placement: Placement) -> Fraction:
     kinds = staged_kinds(unit, tiers, placement.kernels_reach_device, undoable) if unit.trainable else []
     if kinds == [Kind.PARAM] and homes.of(unit, Kind.PARAM) is Tier.NVME:
         return Fraction(0)  # they are brought up whole, and updated then
-    return sum((unit.layouts[kind].bytes_per_element for kind in kinds), Fraction(0))
+    return _bytes_per_element(tuple(unit.layouts[kind] for kind in kinds))
+
+
+@lru_cache
+def _bytes_per_element(layouts: tuple[KindLayout, ...]) -> Fraction:
+    return sum((layout.bytes_per_element for layout in layouts), Fraction(0))
 
 
 def second_slots(unit: Unit, homes: Homes) -> list[Chunk]:

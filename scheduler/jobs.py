@@ -95,7 +95,7 @@ def segments(job: Job, begin: int, end: int) -> Iterator[tuple[int, int, Slot, G
 
 
 def spans(job: Job, step: int, every: bool = False) -> list[tuple[int, int]]:
-    """Spans of at most ``step`` elements that hold anything to update, in order; none across a cut of the unit's states.
+    """Spans of at most ``step`` elements that hold anything to update, in order; none across a cut of the unit.
 
     ``every``: also those that hold nothing.
     """

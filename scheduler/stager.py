@@ -56,10 +56,12 @@ class Stager:
 
     def tier_of_use(self, unit: Unit) -> Tier | None:
         """Where the weights are updated on their way to their next use; None where that is done in pieces."""
-        there = self.in_place(unit.chunk)
-        if there is not None or self.manager.home(unit.chunk) is not Tier.NVME:
+        there, chunk = self.in_place(unit.chunk), unit.chunk
+        if there is not None or self.manager.home(chunk) is not Tier.NVME:
             return there
-        return Tier.DEVICE if self.on_device else Tier.HOST
+        if self.on_device:
+            return Tier.DEVICE
+        return None if self.manager.nvme.in_memory(chunk) else Tier.HOST
 
     def streams(self, unit: Unit) -> bool:
         """Whether the unit has states on NVMe."""
@@ -71,10 +73,18 @@ class Stager:
         GRAD is among them if it lives on NVMe.
         """
         unit = job.unit
-        found: dict[Kind, Tier | None] = {Kind.PARAM: job.tier}
+        found: dict[Kind, Tier | None] = {Kind.PARAM: job.tier or self._of_part(unit.chunk, begin)}
         if self.spilled(unit):
             found[Kind.GRAD] = Tier.HOST if self._spilled.here(unit) else None  # type: ignore[union-attr]
         return found | {kind: self.in_place(unit.part(kind, begin)) for kind in STATES if kind in unit.chunks}
+
+    def _of_part(self, chunk: Chunk, begin: int) -> Tier | None:
+        """Of weights that are in memory in parts: the tier of the one with element ``begin``, if a kernel can update it there."""
+        if not self.manager.nvme.in_memory(chunk):
+            return None
+        first = chunk.bytes_of(begin)
+        tier = next(t for t, _ in self.manager.nvme.kept(chunk, first, first + 1))
+        return tier if tier is Tier.HOST or self.on_device else None
 
     def spilled(self, unit: Unit) -> bool:
         """Whether the unit's gradients live on NVMe."""
@@ -96,7 +106,7 @@ class Stager:
         if unit.index not in self._may_stage:
             undoable = any(self.manager.nvme.has_spare(chunk) for chunk in unit.states)
             kinds = staged_kinds(
-                unit, lambda kind: [self.manager.home(p) for p in unit.parts(kind)], self.on_device, undoable
+                unit, lambda kind: [t for p in unit.parts(kind) for t in self.manager.homes(p)], self.on_device, undoable
             )
             self._may_stage[unit.index] = [unit.chunks[kind] for kind in kinds]
         return sum(chunk.bytes_of(elements) for chunk in self._may_stage[unit.index])
@@ -151,22 +161,28 @@ class Stager:
         if home is Tier.NVME:
             return self.manager.nvme.read(chunk, data, at)
         source = self.manager.memory(chunk, home).bytes()
-        self.manager.traffic.to_host += data.nbytes
         ticket = self.manager.lane.drain(data, source[at : at + data.nbytes])
-        self._timeline.follow(Lane.TO_HOST, self._timeline.name(chunk.id), ticket.times, data.nbytes)
+        self.manager.moves(Lane.TO_HOST, chunk, ticket, data.nbytes)
         return ticket
 
     def compute(self, piece: Piece) -> None:
         """Starts the kernel over the piece, whose bytes are there."""
-        if piece.job.tier is not None:
-            weights = self.flat(piece.job.unit, piece.job.unit.chunk, piece.job.tier)
-            piece.tensors[Kind.PARAM] = weights[piece.begin : piece.end]
+        if Kind.PARAM not in piece.staged:
+            piece.tensors[Kind.PARAM] = self._weights(piece)
         if self._worker is not None:
             piece.kernel = self._worker.submit(self._kernel, piece)
             return
         self._kernel(piece)
         piece.kernel = Future()
         piece.kernel.set_result(None)
+
+    def _weights(self, piece: Piece) -> torch.Tensor:
+        """The piece's weights where they are updated in place."""
+        unit, tier = piece.job.unit, piece.job.tier
+        if tier is not None:
+            return self.flat(unit, unit.chunk, tier)[piece.begin : piece.end]
+        (part,) = self.manager.at_home(unit.chunk, unit.chunk.bytes_of(piece.begin), unit.chunk.bytes_of(piece.end))
+        return part.view(unit.dtype)
 
     def _kernel(self, piece: Piece) -> None:
         on_host = self._worker is not None or not self.on_device
@@ -213,17 +229,22 @@ class Stager:
 
     def write_first(self, piece: Piece) -> None:
         """Starts writing the weights home, and states whose home is memory."""
-        manager, held = self.manager, piece.job.held
+        manager, job = self.manager, piece.job
         for kind, data in piece.tensors.items():
             chunk, at = self._place(piece, kind)
             home = manager.home(chunk)
-            if home is Tier.NVME and kind is Kind.PARAM:  # others' weights wait for the held copy's room
-                piece.weights.append(manager.nvme.write(chunk, data.view(torch.uint8), at, piece.job.speculative, urgent=held))
+            if home is Tier.NVME and kind is Kind.PARAM:
+                if job.tier is None and kind not in piece.staged:  # they were updated where they live
+                    continue
+                # others' weights wait for the held copy's room
+                write = manager.nvme.write(
+                    chunk, data.view(torch.uint8), at, job.speculative, urgent=job.held, tier=job.tier or Tier.HOST
+                )
+                piece.weights.append(write)
             elif home is not Tier.NVME and kind in piece.staged:
                 there = manager.memory(chunk, home).bytes()
-                manager.traffic.to_device += data.nbytes
                 fill = manager.lane.fill(there[at : at + data.nbytes], data.view(torch.uint8))
-                self._timeline.follow(Lane.TO_DEVICE, self._timeline.name(chunk.id), fill.times, data.nbytes)
+                manager.moves(Lane.TO_DEVICE, chunk, fill, data.nbytes)
                 piece.fills.append(fill)
 
     def write_states(self, piece: Piece) -> None:

@@ -39,8 +39,8 @@ class Unit:
 
     ``exact``: they keep exact states in a lossy format too (`StateFormat.keeps_fp32`). ``layouts``: what each kind's bytes
     are. ``grain``: in elements, of where the unit may be cut, so that a piece of every kind is whole I/O blocks. ``chunks``:
-    every kind as a whole; one that is cut is in no tier itself, its ``parts`` are. ``cuts``: the elements at which the
-    states are cut, to live in several tiers.
+    every kind as a whole; states that are cut are in no tier themselves, their ``parts`` are. ``cuts``: the elements at
+    which an update is cut, for what lives in several tiers.
     """
 
     index: int
@@ -82,11 +82,16 @@ class Unit:
 
     def split_states(self, cuts: Sequence[int], ids: Iterator[int]) -> None:
         """Cuts the states at these elements, multiples of the grain; ``ids`` are those of the new chunks."""
-        self.cuts, ends = tuple(cuts), [0, *cuts, self.chunk.numel]
+        self.cut_pieces(cuts)
+        ends = [0, *cuts, self.chunk.numel]
         for kind in STATES if cuts else ():
             if kind in self.chunks:
                 whole = self.chunks[kind]
                 self._parts[kind] = [replace(whole, id=next(ids), numel=b - a, begin=a) for a, b in pairwise(ends)]
+
+    def cut_pieces(self, cuts: Sequence[int]) -> None:
+        """No piece of an update goes across these elements, multiples of the grain."""
+        self.cuts = tuple(sorted({*self.cuts, *cuts}))
 
 
 @dataclass(frozen=True)

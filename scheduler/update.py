@@ -165,8 +165,7 @@ class UpdateQueue:
             self._step()
 
     def _usable(self, job: Job) -> bool:
-        staged_on_nvme = job.tier is None and self._manager.home(job.unit.chunk) is Tier.NVME
-        return job.ended if staged_on_nvme else job.computed
+        return job.ended if job.tier is None and self._manager.on_nvme(job.unit.chunk) else job.computed
 
     def end(self, unit: Unit) -> None:
         """Until the unit's update has reached its home."""
@@ -370,11 +369,12 @@ class UpdateQueue:
             return False
         piece = self._reading[0]
         finish_all(piece.reads)
-        if piece.job.tier is not None:
-            chunk = piece.job.unit.chunk
-            if piece.job.tier is self._manager.home(chunk):  # a copy may still be read from there
+        chunk, tier = piece.job.unit.chunk, piece.job.tier
+        if tier is not None or not self._manager.on_nvme(chunk):
+            home = self._manager.home(chunk)
+            if tier in (None, home):  # a copy may still be read from there
                 self._manager.fetches.settle_chunk(chunk)
-            self._manager.wrote(chunk, piece.job.tier)
+            self._manager.wrote(chunk, tier or home)
         self.stager.compute(piece)
         self._computing.append(self._reading.popleft())
         return True
@@ -427,7 +427,7 @@ class UpdateQueue:
         job.writing -= 1
         if not job.ended:
             return
-        if job.tier is None:
+        if job.tier is None and self._manager.on_nvme(chunk):
             self._manager.wrote(chunk, self._manager.home(chunk))
         else:
             self._manager.renew_home(chunk)

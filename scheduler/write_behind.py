@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 from tierflow.scheduler.jobs import Piece
 from tierflow.scheduler.stager import Stager
-from tierflow.swap import Kind, Lane, Lease, Tier
+from tierflow.swap import Kind, Lane, Lease
 from tierflow.swap.tickets import finish_all
 
 #: Pieces that are being read, or have room to be, or are being written to have it: with fewer, writes begin. Enough for
@@ -53,7 +53,7 @@ class WriteBehind:
         job = piece.job
         if job.speculative:  # once the update counts, what is not under way would go to the wrong slot
             return False
-        if job.tier is None and self._stager.manager.home(job.unit.chunk) is Tier.NVME:  # whose use waits for the job's end
+        if job.tier is None and self._stager.manager.on_nvme(job.unit.chunk):  # whose use waits for the job's end
             return False
         return self._stager.streams(job.unit)
 

@@ -107,6 +107,8 @@ class Fetches:
         if self._ledger.valid(fetch.chunk, Tier.HOST):
             self._pin_host(fetch)  # it must not be chosen as a victim for its own device copy
             self._begin_device(fetch, victims, demand)
+        elif fetch.target is Tier.DEVICE and self._manager.nvme.in_memory(fetch.chunk):
+            self._begin_device(fetch, victims, demand)
         elif fetch.target is Tier.DEVICE and self._lane.direct:
             self._begin_device(fetch, victims, demand)
             fetch.landing = Tier.DEVICE
@@ -132,7 +134,7 @@ class Fetches:
             self._manager.begin_copy(fetch.chunk, Tier.DEVICE, victims, demand)
 
     def _read(self, fetch: Fetch) -> None:
-        fetch.read = self._manager.nvme.read(fetch.chunk, self._bytes(fetch.chunk, fetch.landing))
+        fetch.read = self._manager.nvme.read(fetch.chunk, self._bytes(fetch.chunk, fetch.landing), tier=fetch.landing)
 
     def _bytes(self, chunk: Chunk, tier: Tier) -> torch.Tensor:
         return self._manager.memory(chunk, tier).bytes()[: chunk.nbytes]
@@ -175,9 +177,11 @@ class Fetches:
 
     def _fill(self, fetch: Fetch) -> None:
         chunk, began = fetch.chunk, time.perf_counter()
-        fetch.fill = self._lane.fill(self._bytes(chunk, Tier.DEVICE), self._bytes(chunk, Tier.HOST))
-        self._timeline.follow(Lane.TO_DEVICE, self._timeline.name(chunk.id), fetch.fill.times, chunk.nbytes)
-        self._manager.traffic.to_device += chunk.nbytes
+        if self._manager.nvme.in_memory(chunk):
+            fetch.fill = self._manager.nvme.read(chunk, self._bytes(chunk, Tier.DEVICE), tier=Tier.DEVICE)
+        else:
+            fetch.fill = self._lane.fill(self._bytes(chunk, Tier.DEVICE), self._bytes(chunk, Tier.HOST))
+            self._manager.moves(Lane.TO_DEVICE, chunk, fetch.fill, chunk.nbytes)
         self._manager.traffic.wait_device += time.perf_counter() - began
 
     def _filled(self, fetch: Fetch) -> None:

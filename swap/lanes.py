@@ -28,7 +28,7 @@ class HostLane:
         dst.copy_(src)
         return Done(began)
 
-    def drain(self, dst: torch.Tensor, src: torch.Tensor, transient: bool = False) -> Ticket:
+    def drain(self, dst: torch.Tensor, src: torch.Tensor, transient: bool = False, settled: bool = False) -> Ticket:
         """Copies device bytes to host memory."""
         began = time.perf_counter()
         dst.copy_(src)
@@ -168,13 +168,15 @@ class CudaLane:
             copy_pinned(dst, src)
             return self._ticket(begin, self._fill, src)
 
-    def drain(self, dst: torch.Tensor, src: torch.Tensor, transient: bool = False) -> Ticket:
+    def drain(self, dst: torch.Tensor, src: torch.Tensor, transient: bool = False, settled: bool = False) -> Ticket:
         """Starts device -> host, after what the compute stream was given so far.
 
         ``transient``: the source is of torch's allocator and may be dropped before the copy has run; else the
-        caller keeps it leased until the ticket is done.
+        caller keeps it leased until the ticket is done. ``settled``: the compute never writes there, and the tickets of
+        those who do were waited for.
         """
-        self._drain.wait_stream(self._now())
+        if not settled:
+            self._drain.wait_stream(self._now())
         with torch.cuda.stream(self._drain):
             begin = self._begin(self._drain)
             copy_pinned(dst, src)

@@ -50,6 +50,7 @@ class Ledger:
         self._pins: dict[tuple[int, Tier], int] = {}
         self._chunks: dict[int, Chunk] = {}
         self._scratch: dict[Tier, int] = dict.fromkeys(Tier, 0)
+        self._kept: dict[Tier, int] = dict.fromkeys(Tier, 0)
         self._bytes: dict[Tier, int] = dict.fromkeys(Tier, 0)
 
     def state(self, chunk: Chunk, tier: Tier) -> CopyState:
@@ -130,13 +131,15 @@ class Ledger:
         self._scratch[tier] += nbytes
 
     def keep_in(self, tier: Tier, nbytes: int) -> None:
-        """Counts so many bytes of what lives on NVMe in the tier, for that is where they are."""
-        self.hold_scratch(tier, nbytes)
-        self._scratch[Tier.NVME] -= nbytes
+        """Counts so many bytes of what counts as on NVMe in the tier, for that is where they are."""
+        if self.held(tier) + nbytes > self.budgets[tier]:
+            raise LedgerError(f"{nbytes} bytes kept in {tier.name} would exceed {self.budgets[tier]}")
+        self._kept[tier] += nbytes
+        self._kept[Tier.NVME] -= nbytes
 
     def held(self, tier: Tier) -> int:
-        """Bytes in the tier: copies that are not ABSENT, and scratch."""
-        return self._bytes[tier] + self._scratch[tier]
+        """Bytes in the tier: copies that are not ABSENT, what is kept there of others, and scratch."""
+        return self._bytes[tier] + self._kept[tier] + self._scratch[tier]
 
     def pinned_bytes(self, tier: Tier) -> int:
         """Bytes of the tier's pinned copies."""
@@ -153,12 +156,12 @@ class Ledger:
                 raise LedgerError(f"chunk {cid} is pinned in {tier.name} but not valid there")
         for tier in Tier:
             total = sum(c.nbytes for c in self._chunks.values() if self.state(c, tier) is not _A)
-            if total + self._scratch[tier] != self.held(tier) or self.held(tier) > self.budgets[tier]:
+            if total + self._kept[tier] + self._scratch[tier] != self.held(tier) or self.held(tier) > self.budgets[tier]:
                 raise LedgerError(f"{tier.name}: {self.held(tier)} bytes held, budget {self.budgets[tier]}")
 
     def forget(self) -> None:
         """Drops every record: the end of an engine."""
         for table in (self._states, self._pins, self._chunks):
             table.clear()
-        self._bytes = dict.fromkeys(Tier, 0)
-        self._scratch = dict.fromkeys(Tier, 0)
+        for counts in (self._bytes, self._kept, self._scratch):
+            counts.update(dict.fromkeys(Tier, 0))

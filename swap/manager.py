@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+
+import torch
 
 from tierflow.aio import Store
 from tierflow.swap.fetches import Fetches
@@ -18,6 +20,7 @@ from tierflow.swap.ledger import Event, Ledger
 from tierflow.swap.nvme import NvmeHomes
 from tierflow.swap.pool import Lease, Pool
 from tierflow.swap.room import Place, cheapest
+from tierflow.swap.tickets import Ticket
 from tierflow.swap.timeline import Lane, Timeline
 from tierflow.swap.types import IO_BYTES, CapacityError, Chunk, CopyState, Tier
 
@@ -43,6 +46,16 @@ class Traffic:
     wait_read: float = 0.0
     wait_device: float = 0.0
     wait_write: float = 0.0
+
+    def add(self, lane: Lane, nbytes: int) -> None:
+        """Counts bytes that move on a link."""
+        name = _COUNTERS[lane]
+        setattr(self, name, getattr(self, name) + nbytes)
+
+
+_COUNTERS = {
+    Lane.READ: "nvme_read", Lane.WRITE: "nvme_written", Lane.TO_DEVICE: "to_device", Lane.TO_HOST: "to_host",
+}  # fmt: skip
 
 
 @dataclass
@@ -72,21 +85,36 @@ class Manager:
 
     # ---- homes
 
-    def create(self, chunk: Chunk, home: Tier, kept: int = 0) -> None:
-        """Gives the chunk its permanent place. The bytes there are undefined until written.
-
-        ``kept``: of a chunk on NVMe, so many of its first bytes are in HOST instead (``NvmeHomes.create``).
+    def create(self, chunk: Chunk, places: Sequence[tuple[Tier, int]]) -> None:
+        """Gives the chunk its permanent place, or several: (tier, bytes) of each in order, NVMe last. The bytes there are
+        undefined until written.
         """
+        home = Tier.NVME if len(places) > 1 else places[0][0]
         if home is Tier.NVME:
-            self.nvme.create(chunk, kept)
+            self.nvme.create(chunk, [(tier, nbytes) for tier, nbytes in places if tier is not Tier.NVME])
         else:
             self._leases[chunk.id, home] = self.pools[home].resident.lease(chunk.nbytes)
         self._homes[chunk.id] = home
         self.ledger.apply(chunk, home, Event.CREATE)
 
     def home(self, chunk: Chunk) -> Tier:
-        """The chunk's permanent tier."""
+        """The chunk's permanent tier. One that has several counts as on NVMe: it is in no memory as a whole."""
         return self._homes[chunk.id]
+
+    def homes(self, chunk: Chunk) -> list[Tier]:
+        """Every tier that has some of the chunk for good."""
+        return self.nvme.tiers(chunk) if self._homes[chunk.id] is Tier.NVME else [self._homes[chunk.id]]
+
+    def on_nvme(self, chunk: Chunk) -> bool:
+        """Whether NVMe has any of the chunk for good."""
+        return Tier.NVME in self.homes(chunk)
+
+    def at_home(self, chunk: Chunk, begin: int, end: int) -> list[torch.Tensor]:
+        """Bytes [begin, end) of the home as views of the memory they are in, in order; none where NVMe has any of the chunk."""
+        home = self._homes[chunk.id]
+        if home is not Tier.NVME:
+            return [self._leases[chunk.id, home].bytes()[begin:end]]
+        return [there for _, there in self.nvme.kept(chunk, begin, end)] if self.nvme.in_memory(chunk) else []
 
     def cached(self, tier: Tier) -> list[Chunk]:
         """Chunks with a copy in the tier that may come and go."""
@@ -106,6 +134,11 @@ class Manager:
         else:
             self.traffic.wait_write += seconds
         self.timeline.wait(lane, name, began)
+
+    def moves(self, lane: Lane, chunk: Chunk, ticket: Ticket, nbytes: int) -> None:
+        """So many of the chunk's bytes have begun to move on a link."""
+        self.traffic.add(lane, nbytes)
+        self.timeline.follow(lane, self.timeline.name(chunk.id), ticket.times, nbytes)
 
     # ---- staging memory
 

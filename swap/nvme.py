@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from tierflow.aio import Extent
 from tierflow.swap.pool import Lease
-from tierflow.swap.tickets import Done, Ticket
+from tierflow.swap.tickets import Both, Done, Ticket
 from tierflow.swap.timeline import Lane
-from tierflow.swap.types import Chunk, Kind, Tier
+from tierflow.swap.types import Chunk, Tier
 
 if TYPE_CHECKING:
     from tierflow.swap.manager import Manager
@@ -20,27 +21,30 @@ if TYPE_CHECKING:
 class NvmeHomes:
     """Reads and writes pieces of homes on NVMe; decides nothing.
 
-    A home may be kept in HOST for its first bytes: whoever reads or writes the chunk need not know, and the drive sees the
-    rest alone.
+    A home's first bytes may be kept in memory, on DEVICE and then in HOST, or all of them: whoever reads or writes the
+    chunk need not know, and the drive sees the rest alone.
     """
 
     def __init__(self, manager: Manager):
         self._manager = manager
         self._extents: dict[int, Extent] = {}
         self._spares: dict[int, Extent] = {}
-        self._kept: dict[int, Lease] = {}
+        self._kept: dict[int, list[tuple[Tier, Lease]]] = {}
 
-    def create(self, chunk: Chunk, kept: int) -> None:
-        """Gives the chunk its place, ``kept`` bytes of it (whole I/O blocks, and not all of them) in HOST."""
-        store = self._manager.store
-        assert store is not None and kept < chunk.nbytes
-        self._extents[chunk.id] = store.allocate(chunk.nbytes - kept)
-        if kept:
-            self._kept[chunk.id] = self._manager.pools[Tier.HOST].resident.lease(kept)
-            self._manager.ledger.keep_in(Tier.HOST, kept)
+    def create(self, chunk: Chunk, kept: Sequence[tuple[Tier, int]]) -> None:
+        """Gives the chunk its place; ``kept``: how many of its bytes are in which memory, in order, in whole I/O blocks."""
+        manager = self._manager
+        for tier, nbytes in kept:
+            lease = manager.pools[tier].resident.lease(nbytes)
+            self._kept.setdefault(chunk.id, []).append((tier, lease))
+            manager.ledger.keep_in(tier, nbytes)
+        rest = chunk.nbytes - self._kept_bytes(chunk)
+        if rest:
+            assert manager.store is not None
+            self._extents[chunk.id] = manager.store.allocate(rest)
 
     def add_spare(self, chunk: Chunk) -> None:
-        """Gives the chunk, of which HOST keeps nothing, a second slot."""
+        """Gives the chunk, of which memory keeps nothing, a second slot."""
         store = self._manager.store
         assert store is not None and chunk.id not in self._kept
         self._spares[chunk.id] = store.allocate(chunk.nbytes)
@@ -53,68 +57,90 @@ class NvmeHomes:
         """The chunk's second slot becomes its home, and the home the second slot."""
         self._extents[chunk.id], self._spares[chunk.id] = self._spares[chunk.id], self._extents[chunk.id]
 
-    def read(self, chunk: Chunk, dst: torch.Tensor, begin: int = 0, spare: bool = False) -> Ticket:
-        """Starts reading ``dst.nbytes`` bytes at byte ``begin`` of the chunk's home (or second slot) into memory."""
-        manager, began = self._manager, time.perf_counter()
-        done = self._copy_kept(Lane.TO_DEVICE, chunk, dst, begin)
+    # ---- what memory keeps
+
+    def in_memory(self, chunk: Chunk) -> bool:
+        """Whether memory keeps all of the chunk, in several places."""
+        return chunk.id in self._kept and chunk.id not in self._extents
+
+    def tiers(self, chunk: Chunk) -> list[Tier]:
+        """Every tier that has some of the chunk for good."""
+        memory = [tier for tier, _ in self._kept.get(chunk.id, ())]
+        return [*memory, Tier.NVME] if chunk.id in self._extents else memory
+
+    def kept(self, chunk: Chunk, begin: int, end: int) -> Iterator[tuple[Tier, torch.Tensor]]:
+        """What memory keeps of bytes [begin, end) of the chunk, in order."""
+        first = 0
+        for tier, lease in self._kept.get(chunk.id, ()):
+            low, high = max(begin, first), min(end, first + lease.nbytes)
+            if low < high:
+                yield tier, lease.bytes()[low - first : high - first]
+            first += lease.nbytes
+
+    def _kept_bytes(self, chunk: Chunk) -> int:
+        return sum(lease.nbytes for _, lease in self._kept.get(chunk.id, ()))
+
+    # ---- transfers
+
+    def read(
+        self, chunk: Chunk, dst: torch.Tensor, begin: int = 0, spare: bool = False, tier: Tier = Tier.HOST
+    ) -> Ticket:
+        """Starts reading ``dst.nbytes`` bytes at byte ``begin`` of the chunk's home (or second slot) into memory of ``tier``."""
+        manager, done = self._manager, 0
+        copied: Ticket = Done(time.perf_counter())
+        for source, there in self.kept(chunk, begin, begin + dst.nbytes):
+            copied = self._copy(copied, chunk, source, there, tier, dst[done : done + there.nbytes])
+            done += there.nbytes
         if done == dst.nbytes:
-            return Done(began)
+            return copied
         assert manager.store is not None
         rest = dst[done:]
-        manager.traffic.nvme_read += rest.nbytes
         ticket = manager.store.read(rest, self._offset(chunk, begin + done, spare))
-        manager.timeline.follow(Lane.READ, manager.timeline.name(chunk.id), ticket.times, rest.nbytes)
-        return ticket
+        manager.moves(Lane.READ, chunk, ticket, rest.nbytes)
+        return ticket if copied.done() else Both(copied, ticket)
 
     def write(
-        self, chunk: Chunk, src: torch.Tensor, begin: int = 0, spare: bool = False, urgent: bool = False
-    ) -> Ticket:
-        """Starts writing ``src`` at byte ``begin`` of the chunk's home (or second slot).
+        self, chunk: Chunk, src: torch.Tensor, begin: int = 0, spare: bool = False, urgent: bool = False,
+        tier: Tier = Tier.HOST,
+    ) -> Ticket:  # fmt: skip
+        """Starts writing ``src``, which is in memory of ``tier``, at byte ``begin`` of the chunk's home (or second slot).
 
         ``urgent``: the memory is wanted for something else.
         """
-        manager, began = self._manager, time.perf_counter()
-        done = self._copy_kept(Lane.TO_HOST, chunk, src, begin)
+        manager, done = self._manager, 0
+        copied: Ticket = Done(time.perf_counter())
+        for target, there in self.kept(chunk, begin, begin + src.nbytes):
+            copied = self._copy(copied, chunk, tier, src[done : done + there.nbytes], target, there)
+            done += there.nbytes
         if done == src.nbytes:
-            return Done(began)
+            return copied
         assert manager.store is not None
         rest = src[done:]
-        manager.traffic.nvme_written += rest.nbytes
         ticket = manager.store.write(rest, self._offset(chunk, begin + done, spare), urgent=urgent)
-        manager.timeline.follow(Lane.WRITE, manager.timeline.name(chunk.id), ticket.times, rest.nbytes)
-        return ticket
+        manager.moves(Lane.WRITE, chunk, ticket, rest.nbytes)
+        return ticket if copied.done() else Both(copied, ticket)
 
-    def _copy_kept(self, lane: Lane, chunk: Chunk, data: torch.Tensor, begin: int) -> int:
-        """Copies what HOST keeps of the home's bytes from ``begin`` on, from there (TO_DEVICE) or to it: the first of
-        ``data``, if any. Returns how many bytes that were.
+    def _copy(
+        self, before: Ticket, chunk: Chunk, source: Tier, src: torch.Tensor, target: Tier, dst: torch.Tensor
+    ) -> Ticket:
+        """Starts a copy from memory to memory. Returns the ticket of what ends last, of it and the piece's copies ``before``:
+        at most one of them crosses to HOST, and those to DEVICE end in their order.
         """
-        lease = self._kept.get(chunk.id)
-        if lease is None or begin >= lease.nbytes:
-            return 0
-        began = time.perf_counter()
-        kept = lease.bytes()[begin : begin + data.nbytes]
-        part = data[: kept.nbytes]
-        part.copy_(kept) if lane is Lane.TO_DEVICE else kept.copy_(part)
-        self._note(lane, chunk, began, kept.nbytes)
-        return kept.nbytes
-
-    def _note(self, lane: Lane, chunk: Chunk, began: float, nbytes: int) -> None:
-        manager = self._manager
-        if not manager.lane.direct or chunk.kind is not Kind.PARAM:  # a copy within HOST, and none to or from DEVICE
-            return
-        if lane is Lane.TO_DEVICE:
-            manager.traffic.to_device += nbytes
-        else:
-            manager.traffic.to_host += nbytes
-        manager.timeline.span(lane, manager.timeline.name(chunk.id), began, nbytes=nbytes)
+        lane = self._manager.lane
+        if source is target is Tier.HOST:
+            dst.copy_(src)
+            return before
+        ticket = lane.fill(dst, src) if target is Tier.DEVICE else lane.drain(dst, src, settled=True)
+        if source is not target:
+            self._manager.moves(Lane.TO_DEVICE if target is Tier.DEVICE else Lane.TO_HOST, chunk, ticket, dst.nbytes)
+        return ticket
 
     def _offset(self, chunk: Chunk, begin: int, spare: bool) -> int:
         """Where in the store byte ``begin`` of the chunk is."""
-        kept = self._kept.get(chunk.id)
-        return (self._spares if spare else self._extents)[chunk.id].offset + begin - (kept.nbytes if kept else 0)
+        return (self._spares if spare else self._extents)[chunk.id].offset + begin - self._kept_bytes(chunk)
 
     def close(self) -> None:
         """Gives back what memory keeps; the store goes with its manager."""
-        for lease in self._kept.values():
+        for _, lease in (place for places in self._kept.values() for place in places):
             lease.release()
         self._kept.clear()

@@ -46,6 +46,39 @@ class Done(Inline):
         return self
 
 
+class FromTo:
+    """From the beginning of one transfer to the end of another."""
+
+    def __init__(self, first: Timed, last: Timed):
+        self._first, self._last = first, last
+
+    @property
+    def began(self) -> float | None:
+        """When the first began."""
+        return self._first.began
+
+    @property
+    def ended(self) -> float | None:
+        """When the last ended."""
+        return self._last.ended
+
+
+class Both:
+    """Two transfers that make one."""
+
+    def __init__(self, first: Ticket, last: Ticket):
+        self._first, self._last = first, last
+        self.times = FromTo(first.times, last.times)
+
+    def done(self) -> bool:
+        """Whether both have ended."""
+        return self._first.done() and self._last.done()
+
+    def wait(self) -> None:
+        """Blocks until the end of both; raises the first error."""
+        finish_all([self._first, self._last])
+
+
 def finish(ticket: Ticket) -> None:
     """Waits until the transfer no longer touches its memory; raises its error, or the interrupt that came meanwhile.
 

@@ -173,6 +173,23 @@ def test_weights_are_split_between_host_and_nvme_by_bytes(
     optimizer.close()
 
 
+@pytest.mark.parametrize("share", [0.1, 0.37, 0.9])
+def test_a_part_of_a_unit_on_the_device_spares_the_drive_as_much(tmp_path: Path, share: float) -> None:
+    """Room on DEVICE for less than a unit, beside the three that a step works with: two reads and a write of it are spared."""
+    layers = 12
+    caps = tight_caps(layers, torch.float32, 3 + share, 2.5)
+    model = Stack(layers=layers, width=WIDTH)
+    _, optimizer = tierflow.offload(model, config(tmp_path, "nvme", "nvme", **caps))
+    plan = optimizer.engine.plan
+    kept = plan.resident[Tier.DEVICE, Kind.PARAM]
+    assert share * 4 * PADDED - 4 * 4096 < kept <= share * 4 * PADDED
+    read, written = measure(model, optimizer, stack_loss)
+    assert written == plan.nvme_written == 12 * layers * PADDED - kept
+    assert abs(read - plan.nvme_read) <= 0.02 * plan.nvme_read
+    assert read <= 16 * layers * PADDED - 2 * kept
+    optimizer.close()
+
+
 @pytest.mark.parametrize("dtype", FORMATS, ids=["fp32", "lossless"])
 @pytest.mark.parametrize("prefetch", [True, False])
 def test_everything_on_nvme_equals_the_plan(tmp_path: Path, dtype: torch.dtype, prefetch: bool) -> None:

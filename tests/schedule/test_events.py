@@ -39,7 +39,7 @@ def events(engine: Any) -> list[str]:
         setattr(owner, name, noted)
 
     def transfer(op: str) -> Callable[..., str]:
-        def entry(chunk: Any, data: Any, begin: int = 0, spare: bool = False, urgent: bool = False) -> str:
+        def entry(chunk: Any, data: Any, begin: int = 0, spare: bool = False, **_: Any) -> str:
             return f"{op} {engine.units[chunk.unit].label} {chunk.kind.value}{' (second slot)' if spare else ''}"
 
         return entry

@@ -37,7 +37,7 @@ def cases(draw: st.DrawFn, speculative: bool = False) -> Case:
         order=draw(st.sampled_from(["micro_batch", "layer_major"])) if loop == "batch" else "micro_batch",
         clip=draw(st.sampled_from([0.0, 0.0, 1e6, 1.0, 1e-3])),
         groups=draw(st.sampled_from([1, 2])), schedule=schedule, fp16=fp16,
-        through_host=draw(st.booleans()), slack=draw(st.sampled_from([0.0, 0.0, 0.5, 1.0, 3.0])),
+        through_host=draw(st.booleans()), slack=draw(st.sampled_from([0.0, 0.0, 0.5, 1.0, 2.6, 3.0])),
         seed=draw(st.integers(0, 1 << 16)),
         delay=draw(st.sampled_from([0.0, 0.0, 2e-4, 2e-3])), worker=draw(st.booleans()),
         loud_step=draw(st.sampled_from([-1, -1, 3, 6])),

@@ -72,14 +72,16 @@ def test_no_room_is_left_while_anything_is_slower(
         for kind in STATES:
             if kind in unit.chunks:
                 assert sum(homes.bytes_in(unit, kind, tier) for tier in Tier) == unit.chunks[kind].nbytes
-        assert all(n % unit.grain == 0 for n in homes.ahead.get(unit.index, {}).values())
+        assert all(n % unit.grain == 0 for kind in unit.chunks for n in homes.cuts(unit, kind))
         assert all(n > 0 for kind in unit.chunks for _, n in homes.parts(unit, kind))
 
     def anything(*tiers: Tier) -> bool:
         return any(table.get((tier, kind)) for tier in tiers for kind in STATES)
 
-    left = [u for u in homes.from_nvme(units) if homes.kept_elements(u, Kind.PARAM) < u.chunk.numel - u.grain]
-    assert all(homes.kept_elements(u, kind) % u.grain == 0 for u in units for kind in (Kind.PARAM, Kind.GRAD))
+    part = {u.index: next(iter(homes.cuts(u, Kind.PARAM)), 0) for u in homes.streamed(units)}
+    beside = [u for u in homes.streamed(units) if part[u.index] < u.chunk.numel - u.grain]
+    assert not beside or room[Tier.DEVICE] < max(u.chunk.bytes_of(u.grain) for u in beside)
+    left = [u for u in homes.from_nvme(units) if sum(homes.cuts(u, Kind.PARAM)[-1:]) < u.chunk.numel - u.grain]
     assert not left or room[Tier.HOST] < max(u.chunk.bytes_of(u.grain) for u in left)
     grain = max(sum(chunk.bytes_of(u.grain) for chunk in u.states) for u in units)
     waits_for_device = (Tier.NVME,) if accelerator else (Tier.HOST, Tier.NVME)
@@ -123,7 +125,7 @@ def test_a_part_ends_with_its_unit() -> None:
     together = Together(units_together(model, units), units_of_blocks(model, units))
     homes = choose_homes(units, placement, Caps(1068847, 1269937, 1 << 40), together, list(range(5)))
     assert all(n > 0 for u in units for kind in u.chunks for _, n in homes.parts(u, kind))
-    assert homes.ahead == {3: {Tier.DEVICE: 4096}} and homes.of(units[3], Kind.EXP_AVG) is Tier.HOST
+    assert {i: ahead for (i, _), ahead in homes.ahead.items()} == {3: {Tier.DEVICE: 4096}} and homes.of(units[3], Kind.EXP_AVG) is Tier.HOST
 
 
 @pytest.mark.parametrize("update", ["immediate", "deferred"])

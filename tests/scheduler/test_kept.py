@@ -1,4 +1,4 @@
-"""Weights and gradients that live on NVMe but for a part that HOST keeps: no byte of room is left, and no bit changes."""
+"""Weights and gradients that live in several tiers: no byte of room is left, and no bit changes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def stack(dtype: torch.dtype = torch.float32) -> Stack:
-    return Stack(layers=32, width=160, dtype=dtype)
+    return Stack(layers=16, width=160, dtype=dtype)
 
 
 def run(path: Path, place: str, dtype: torch.dtype = torch.float32, debug: DebugMemory | None = None, **block: Any) -> Any:
@@ -55,16 +55,26 @@ def plan_of(place: str, dtype: torch.dtype = torch.float32, direct: bool = True,
     """The plan alone; nothing is allocated."""
     model = stack(dtype)
     trained = {id(p) for p in model.parameters()}
-    return make_run(model, load_config(tiny.config(place, "/", 0.05, **block)), torch.device("cpu"), trained, None, direct=direct)[1]
+    return make_run(model, load_config(tiny.config(place, "/", 0.05, **block)), tiny.DEVICE, trained, None, direct=direct)[1]
 
 
-def caps(place: str, kind: Kind, **how: Any) -> dict[str, Any]:
-    """The least caps under which HOST keeps some of the kind."""
+def tiers_of(plan: MemoryPlan, kind: Kind) -> set[tuple[Tier, ...]]:
+    """The tiers that the kind is in, of every unit that has it in several."""
+    split = {at: ahead for at, ahead in plan.homes.ahead.items() if at[1] is kind}
+    found = {at: [*(t for t in ahead if t is not plan.homes.tiers[at]), plan.homes.tiers[at]] for at, ahead in split.items()}
+    return {tuple(tiers) for tiers in found.values() if len(tiers) > 1}
+
+
+def caps(
+    place: str, kind: Kind, tiers: tuple[Tier, ...] = (Tier.HOST, Tier.NVME), device: int = 0, **how: Any
+) -> dict[str, Any]:
+    """Caps with the least host memory under which some unit has the kind in these tiers. ``device``: bytes beyond the least."""
     _, block = tiny.least(lambda caps: plan_of(place, **(how | caps)))
-    for _ in range(40):
-        if kind in {kept for _, kept in plan_of(place, **(how | block)).homes.kept}:
+    block["device_memory"] += device
+    for _ in range(160):
+        if tiers in tiers_of(plan_of(place, **(how | block)), kind):
             return block
-        block["host_memory"] += UNIT
+        block["host_memory"] += UNIT // 4
     raise AssertionError(block)
 
 
@@ -77,9 +87,39 @@ def test_weights_in_two_tiers(tmp_path: Path, dtype: torch.dtype, through_host: 
         debug = DebugMemory(random.Random(more), through_host)
         block = base | {"host_memory": base["host_memory"] + more}
         losses, states, plan, written = run(tmp_path, "everything", dtype, debug, **block)
-        assert Kind.PARAM in {kind for _, kind in plan.homes.kept}
+        assert tiers_of(plan, Kind.PARAM)
         assert losses == expected[0] and tiny.same(states, expected[1])
         assert written == plan.nvme_written
+
+
+SPLITS = [  # what the placement names, and the tiers that one unit's weights are in
+    ("everything", (Tier.DEVICE, Tier.NVME)), ("everything", (Tier.DEVICE, Tier.HOST, Tier.NVME)),
+    ("everything", (Tier.DEVICE, Tier.HOST)), ("param_host", (Tier.DEVICE, Tier.HOST)),
+    ("param_host_states_nvme", (Tier.DEVICE, Tier.HOST)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("through_host", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("place", "tiers"), SPLITS, ids=lambda v: v if isinstance(v, str) else "-".join(t.value for t in v))
+def test_weights_that_are_partly_on_the_device(
+    tmp_path: Path, place: str, tiers: tuple[Tier, ...], dtype: torch.dtype, through_host: bool
+) -> None:
+    expected = run(tmp_path, "device", dtype)
+    device = int(2.6 * UNIT) if dtype is torch.float32 else int(1.4 * UNIT)  # two more units, and a half
+    block = caps(place, Kind.PARAM, tiers, device, dtype=dtype, direct=not through_host)
+    losses, states, plan, written = run(tmp_path, place, dtype, DebugMemory(random.Random(0), through_host), **block)
+    assert tiers in tiers_of(plan, Kind.PARAM)
+    assert losses == expected[0] and tiny.same(states, expected[1])
+    assert written == plan.nvme_written
+
+
+def test_a_further_block_of_device_memory_takes_as_much_weight_off_the_drive() -> None:
+    base, block = caps("everything", Kind.PARAM, (Tier.DEVICE, Tier.NVME), int(2.6 * UNIT)), 1 << 14
+    found = [plan_of("everything", **(base | {"device_memory": base["device_memory"] + at})) for at in range(0, 2 * UNIT, block)]
+    on_nvme = [plan.resident[Tier.NVME, Kind.PARAM] for plan in found]
+    assert on_nvme == sorted(on_nvme, reverse=True)
+    assert all(abs(on_nvme[0] - n - at * block) < block for at, n in enumerate(on_nvme))
 
 
 def test_a_further_block_of_host_memory_takes_as_much_weight_off_the_drive() -> None:
@@ -100,9 +140,15 @@ def test_gradients_in_two_tiers(tmp_path: Path, through_host: bool) -> None:
         losses, states, plan, written = run(tmp_path, "nvme", debug=DebugMemory(random.Random(more), through_host), **block)
         assert losses == expected[0] and tiny.same(states, expected[1])
         assert written == plan.nvme_written
-        assert Kind.GRAD in {kind for _, kind in plan.homes.kept}
+        assert tiers_of(plan, Kind.GRAD)
 
 
 def test_a_checkpoint_does_not_know_of_it(tmp_path: Path) -> None:
     plan = checkpoint_into_other_caps(tmp_path, "everything", stack, caps("everything", Kind.PARAM))
-    assert plan.homes.kept
+    assert tiers_of(plan, Kind.PARAM)
+
+
+@pytest.mark.parametrize(("place", "tiers"), SPLITS[1:4], ids=["three", "memory", "named"])
+def test_a_checkpoint_does_not_know_of_a_part_on_the_device(tmp_path: Path, place: str, tiers: tuple[Tier, ...]) -> None:
+    plan = checkpoint_into_other_caps(tmp_path, place, stack, caps(place, Kind.PARAM, tiers, int(2.6 * UNIT)))
+    assert tiers in tiers_of(plan, Kind.PARAM)
