@@ -7,9 +7,9 @@ The first units of the order are those that the next forward and its updates nee
 States go to DEVICE once all weights live there.
 
 [Note: a part of a unit's weights on DEVICE] lies there beside the copy of the whole that torch needs while it computes. It
-spares the drive two reads and a write of each byte, or takes it from HOST, where other things find room then. An
-accelerator's is staged in HOST for its update, as weights that live there whole are, and where that takes more than the
-part is worth the unit is not cut.
+spares the drive two reads and a write of each byte, or takes it from HOST, where other things find room then. But it takes
+room from copies that would be cached, and on an accelerator it is staged in HOST for its update, as weights that live there
+whole are (and its states are not read ahead of the step): where that costs the drive more, no unit is cut.
 
 [Note: states on an accelerator] They are updated by the processor's kernels, so that the caps decide no bit. In HOST they
 cross no link, on the DEVICE they cross the bus, which is still faster than a drive. So HOST is filled with states first,
@@ -21,8 +21,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from functools import partial
 
+from tierflow.scheduler.cache import Cache
 from tierflow.scheduler.homes import Homes, needs_of
 from tierflow.scheduler.placement import Caps, Needs, Placement, Together
+from tierflow.scheduler.trace import Trace
 from tierflow.scheduler.units import Unit
 from tierflow.swap import IO_BYTES, Kind, Tier
 
@@ -40,16 +42,18 @@ def choose_homes(units: list[Unit], placement: Placement, caps: Caps, together: 
 
     def cost(homes: Homes) -> tuple[int, int]:
         need = homes.stay(units, Tier.HOST) + needs_of(homes, units, placement, together).host_min
-        return max(need - caps.host, 0), _traffic(homes, units)
+        return max(need - caps.host, 0), _traffic(homes, units, caps, order)
 
     return min(found, key=cost)
 
 
-def _traffic(homes: Homes, units: list[Unit]) -> int:
-    """Bytes of a step to and from NVMe, nearly: all is read and written, weights are read twice, frozen ones not written."""
-    everything = sum(homes.bytes_in(u, kind, Tier.NVME) for u in units for kind in u.chunks)
-    trained_weights = sum(homes.bytes_in(u, Kind.PARAM, Tier.NVME) for u in units if u.trainable)
-    return 2 * everything + trained_weights
+def _traffic(homes: Homes, units: list[Unit], caps: Caps, order: list[int]) -> int:
+    """Bytes of a step to and from NVMe, nearly: weights are read as often as DEVICE lacks them and written, all else once."""
+    weights = {u.index: homes.bytes_in(u, Kind.PARAM, Tier.NVME) for u in units}
+    others = sum(homes.bytes_in(u, kind, Tier.NVME) for u in units for kind in u.chunks if kind is not Kind.PARAM)
+    cache = Cache(caps.device - homes.stay(units, Tier.DEVICE), homes.streamed(units))
+    _, fetched = cache.passes(Trace(list(order)), prefetch=True)
+    return 2 * others + sum(weights[u.index] for u in units if u.trainable) + sum(weights[i] for i in fetched)
 
 
 def _fill_tiers(
@@ -73,6 +77,9 @@ def _fill_tiers(
         _keep(homes, homes.from_nvme(units), Kind.PARAM, Tier.HOST, partial(room, Tier.HOST))
 
     weights_to(Tier.DEVICE, homes.streamed(units))
+    # a large one that went there leaves the room that it needed on its way to those before it
+    while (streamed := homes.streamed(units)) and room(Tier.DEVICE) >= min(u.chunk.nbytes for u in streamed):
+        weights_to(Tier.DEVICE, streamed)
     if cut_on_device:
         _keep(homes, homes.streamed(units), Kind.PARAM, Tier.DEVICE, partial(room, Tier.DEVICE))
     _spill_gradients(homes, units, placement, caps, together)
@@ -109,7 +116,7 @@ def _spill_gradients(homes: Homes, units: list[Unit], placement: Placement, caps
 
 
 def _keep(homes: Homes, units: list[Unit], kind: Kind, tier: Tier, room: Callable[[], int]) -> None:
-    """Gives a tier bytes of what lives in slower ones, as far as there is room; a little stays there of each unit."""
+    """Gives a tier bytes of what lives in slower ones, as far as there is room; a little of each unit stays in its last tier."""
     for unit in units:
         if room() < IO_BYTES:
             return

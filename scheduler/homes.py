@@ -91,10 +91,10 @@ class Homes:
 
 
 def create_chunks(manager: Manager, units: list[Unit], homes: Homes) -> None:
-    """Gives every chunk its permanent place, and cuts the states that have several.
+    """Gives every chunk its permanent place or places. States that have several are cut into a chunk for each.
 
-    Weights and gradients stay one chunk, for torch wants them in one piece; an update takes weights that are all in memory
-    part by part.
+    Weights and gradients stay one chunk, for torch wants them in one piece; an update of weights that are all in memory is cut
+    where their parts end.
     """
     ids = count(1 + max(chunk.id for unit in units for chunk in unit.chunks.values()))
     for unit in units:

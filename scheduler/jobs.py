@@ -25,7 +25,7 @@ class Job:
     entries: list[Entry | None]
     speculative: bool = False  # to the second slot; see speculation.py
     whole: bool = False  # the weights are wanted soon: brought up whole, and updated where they then are
-    tier: Tier | None = None  # where the weights are updated; None: staged in pieces like the states
+    tier: Tier | None = None  # of the copy that is updated; None: in pieces, staged like the states or where their part lies
     needed: bool = False  # somebody waits for it
     begun: bool = False
     read_ahead: bool = False  # its states, before it has begun

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from tierflow.scheduler.cache import Cache, Use
 from tierflow.scheduler.lookahead import LookAhead
 from tierflow.scheduler.plan import MemoryPlan
 from tierflow.scheduler.trace import Trace
-from tierflow.scheduler.traffic import Cache, Use
 from tierflow.scheduler.units import STATES, Unit
 from tierflow.swap import Kind, Tier
 
@@ -18,7 +18,7 @@ def schedule_text(units: list[Unit], plan: MemoryPlan, order: list[int], prefetc
 
     ``ahead`` knows how many uses before its own each transfer starts, once a step of this order was seen.
     """
-    cache = Cache(plan.working[Tier.DEVICE], units, plan)
+    cache = Cache(plan.working[Tier.DEVICE], plan.homes.streamed(units))
     leads = ahead.leads if len(ahead.leads) == len(order) else None
     head = f"{'use':>4}  {'unit':32}{'weights':>9}{'MB':>9}{'starts':>8}  what comes, goes, is updated"
     seen: set[int] = set()

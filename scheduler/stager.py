@@ -55,7 +55,7 @@ class Stager:
         return None
 
     def tier_of_use(self, unit: Unit) -> Tier | None:
-        """Where the weights are updated on their way to their next use; None where that is done in pieces."""
+        """The tier of the copy that is updated on its way to its next use; None where that is done in pieces or parts."""
         there, chunk = self.in_place(unit.chunk), unit.chunk
         if there is not None or self.manager.home(chunk) is not Tier.NVME:
             return there

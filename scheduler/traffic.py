@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from torch import nn
 
-from tierflow.scheduler.placement import AHEAD
+from tierflow.scheduler.cache import Cache
 from tierflow.scheduler.plan import MemoryPlan
 from tierflow.scheduler.trace import Trace
 from tierflow.scheduler.units import STATES, Unit, module_units
@@ -21,7 +19,7 @@ def estimate(
     ``immediate``: the update runs at the step, and reads the weights that no copy is left of for itself.
     """
     streamed = {u.index: plan.homes.bytes_in(u, Kind.PARAM, Tier.NVME) for u in plan.homes.from_nvme(units)}
-    left, fetched = Cache(plan.working[Tier.DEVICE], units, plan).passes(Trace(order * passes), prefetch)
+    left, fetched = Cache(plan.working[Tier.DEVICE], plan.homes.streamed(units)).passes(Trace(order * passes), prefetch)
     read = sum(streamed.get(i, 0) for i in fetched)
     written = 0
     for unit in units:
@@ -67,65 +65,6 @@ def _gradients(units: list[Unit], plan: MemoryPlan, order: list[int], passes: in
         if free() < max(memory.values()) and here[0] != unit:
             written += write(here[0])
     return read + sum(sizes[i] for i in sizes if i not in here), written
-
-
-@dataclass
-class Use:
-    """One use of a unit, and the units whose weights start to come, or go, there."""
-
-    unit: int
-    fetched: list[int] = field(default_factory=list)
-    dropped: list[int] = field(default_factory=list)
-
-
-class Cache:
-    """DEVICE's working pool: which units it holds, and what it would give up, as ``Engine.victims`` has it."""
-
-    def __init__(self, capacity: int, units: list[Unit], plan: MemoryPlan):
-        self.capacity, self.held = capacity, set[int]()
-        self._sizes = {u.index: u.chunk.nbytes for u in plan.homes.streamed(units)}
-
-    def passes(self, trace: Trace, prefetch: bool) -> tuple[set[int], list[int]]:
-        """What is held after, and what was fetched in, a step that starts from what the one before left."""
-        uses = self.uses(trace, prefetch)
-        return self.held, [unit for use in uses for unit in use.fetched]
-
-    def uses(self, trace: Trace, prefetch: bool) -> list[Use]:
-        """What comes and goes at each use of a step that starts from what the one before left."""
-        found: list[Use] = []
-        for _ in range(3):
-            found = []
-            trace.rewind()
-            for unit in trace.order:
-                trace.visit(unit)
-                found.append(Use(unit))
-                if unit not in self._sizes:
-                    continue
-                self._bring(unit, {unit}, trace, found[-1])
-                for soon in self._ahead(trace) if prefetch else []:
-                    if not self._bring(soon, {unit}, trace, found[-1], trace.next_use(soon)):
-                        break
-        return found
-
-    def _ahead(self, trace: Trace) -> list[int]:
-        coming = [u for u in dict.fromkeys(trace.upcoming(2 * AHEAD)) if u in self._sizes and u not in self.held]
-        return coming[:AHEAD]
-
-    def _bring(self, unit: int, keep: set[int], trace: Trace, use: Use, beyond: int = -1) -> bool:
-        if unit in self.held:
-            return True
-        used = sum(self._sizes[u] for u in self.held)
-        for victim in sorted(self.held - keep, key=trace.next_use, reverse=True):
-            if used + self._sizes[unit] <= self.capacity or trace.next_use(victim) <= beyond:
-                break
-            self.held.discard(victim)
-            use.dropped.append(victim)
-            used -= self._sizes[victim]
-        if used + self._sizes[unit] > self.capacity:
-            return False
-        self.held.add(unit)
-        use.fetched.append(unit)
-        return True
 
 
 def default_order(model: nn.Module, units: list[Unit]) -> list[int]:

@@ -23,7 +23,7 @@ class HostLane:
         self.direct = direct
 
     def fill(self, dst: torch.Tensor, src: torch.Tensor) -> Ticket:
-        """Copies host bytes to the device copy."""
+        """Copies bytes of either tier to the device copy."""
         began = time.perf_counter()
         dst.copy_(src)
         return Done(began)
@@ -111,11 +111,11 @@ class _CudaTicket:
 class CudaLane:
     """HOST <-> DEVICE on a side stream each way; the compute stream waits on events, the host does not.
 
-    [Note: reuse of device memory] Every write into leased device memory is a ``fill`` on one stream, and before the
-    first one into bytes that somebody else had, that stream waits for their last read. Where the end of the last use
-    is known (a module has run and nothing else looks at the weights) a mark was set there. Elsewhere, as after a
-    backward's use through an alias, it waits for all that the compute streams were given until the eviction: an
-    alias that is gone by then was used by work that has been issued.
+    [Note: reuse of device memory] Every write into memory that a pool leased is a ``fill`` on one stream (or one by value,
+    which the host waits for), and before the first one into bytes that somebody else had, that stream waits for their
+    last read. Where the end of the last use is known (a module has run and nothing else looks at the weights) a mark was
+    set there. Elsewhere, as after a backward's use through an alias, it waits for all that the compute streams were given
+    until the eviction: an alias that is gone by then was used by work that has been issued.
     """
 
     direct = False  # files are read into host memory
@@ -162,7 +162,7 @@ class CudaLane:
         return Stretch(anchor, event, self._mark(self._now()))
 
     def fill(self, dst: torch.Tensor, src: torch.Tensor) -> Ticket:
-        """Starts host -> device. The caller keeps both sides leased until the ticket is done."""
+        """Starts host or device -> device. The caller keeps both sides leased until the ticket is done."""
         with torch.cuda.stream(self._fill):
             begin = self._begin(self._fill)
             copy_pinned(dst, src)

@@ -98,7 +98,9 @@ class Manager:
         self.ledger.apply(chunk, home, Event.CREATE)
 
     def home(self, chunk: Chunk) -> Tier:
-        """The chunk's permanent tier. One that has several counts as on NVMe: it is in no memory as a whole."""
+        """The chunk's permanent tier. One that has several counts as NVMe's: it is in no memory as a whole, and is read and
+        written there. Whether the drive has any of it says ``on_nvme``.
+        """
         return self._homes[chunk.id]
 
     def homes(self, chunk: Chunk) -> list[Tier]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from tierflow.aio import Extent
 from tierflow.swap.pool import Lease
-from tierflow.swap.tickets import Both, Done, Ticket
+from tierflow.swap.tickets import Both, Done, Ticket, finish
 from tierflow.swap.timeline import Lane
 from tierflow.swap.types import Chunk, Tier
 
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 class NvmeHomes:
     """Reads and writes pieces of homes on NVMe; decides nothing.
 
-    A home's first bytes may be kept in memory, on DEVICE and then in HOST, or all of them: whoever reads or writes the
-    chunk need not know, and the drive sees the rest alone.
+    A home's first bytes may be kept in memory, on DEVICE and then in HOST: whoever reads or writes the chunk need not know,
+    and the drive sees the rest alone. If they are all of it, the chunk is here for its parts and not on NVMe.
     """
 
     def __init__(self, manager: Manager):
@@ -89,15 +90,13 @@ class NvmeHomes:
         manager, done = self._manager, 0
         copied: Ticket = Done(time.perf_counter())
         for source, there in self.kept(chunk, begin, begin + dst.nbytes):
-            copied = self._copy(copied, chunk, source, there, tier, dst[done : done + there.nbytes])
+            copied = self._copy(copied, chunk, source, there, tier, dst[done : done + there.nbytes], settled=True)
             done += there.nbytes
         if done == dst.nbytes:
             return copied
         assert manager.store is not None
-        rest = dst[done:]
-        ticket = manager.store.read(rest, self._offset(chunk, begin + done, spare))
-        manager.moves(Lane.READ, chunk, ticket, rest.nbytes)
-        return ticket if copied.done() else Both(copied, ticket)
+        rest, at = dst[done:], self._offset(chunk, begin + done, spare)
+        return self._with_rest(copied, partial(manager.store.read, rest, at), Lane.READ, chunk, rest.nbytes)
 
     def write(
         self, chunk: Chunk, src: torch.Tensor, begin: int = 0, spare: bool = False, urgent: bool = False,
@@ -115,23 +114,34 @@ class NvmeHomes:
         if done == src.nbytes:
             return copied
         assert manager.store is not None
-        rest = src[done:]
-        ticket = manager.store.write(rest, self._offset(chunk, begin + done, spare), urgent=urgent)
-        manager.moves(Lane.WRITE, chunk, ticket, rest.nbytes)
+        rest, at = src[done:], self._offset(chunk, begin + done, spare)
+        return self._with_rest(copied, partial(manager.store.write, rest, at, urgent=urgent), Lane.WRITE, chunk, rest.nbytes)
+
+    def _with_rest(self, copied: Ticket, start: Callable[[], Ticket], lane: Lane, chunk: Chunk, nbytes: int) -> Ticket:
+        """Starts the drive's transfer behind the copies; if it takes none, these are not left under way either."""
+        try:
+            ticket = start()
+        except BaseException:
+            finish(copied)
+            raise
+        self._manager.moves(lane, chunk, ticket, nbytes)
         return ticket if copied.done() else Both(copied, ticket)
 
     def _copy(
-        self, before: Ticket, chunk: Chunk, source: Tier, src: torch.Tensor, target: Tier, dst: torch.Tensor
-    ) -> Ticket:
+        self, before: Ticket, chunk: Chunk, source: Tier, src: torch.Tensor, target: Tier, dst: torch.Tensor,
+        settled: bool = False,
+    ) -> Ticket:  # fmt: skip
         """Starts a copy from memory to memory. Returns the ticket of what ends last, of it and the piece's copies ``before``:
-        at most one of them crosses to HOST, and those to DEVICE end in their order.
+        at most one of them crosses to HOST, and those to DEVICE end in their order. ``settled``: see ``CudaLane.drain``.
         """
         lane = self._manager.lane
         if source is target is Tier.HOST:
             dst.copy_(src)
             return before
-        ticket = lane.fill(dst, src) if target is Tier.DEVICE else lane.drain(dst, src, settled=True)
-        if source is not target:
+        ticket = lane.fill(dst, src) if target is Tier.DEVICE else lane.drain(dst, src, settled=settled)
+        if source is target:  # it crosses no link, and takes the time of one that does where DEVICE is the processor's
+            self._manager.timeline.follow(Lane.TO_DEVICE, self._manager.timeline.name(chunk.id), ticket.times, dst.nbytes)
+        else:
             self._manager.moves(Lane.TO_DEVICE if target is Tier.DEVICE else Lane.TO_HOST, chunk, ticket, dst.nbytes)
         return ticket
 

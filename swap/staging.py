@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from tierflow.swap.tickets import FromTo, Take, Ticket, finish
+from tierflow.swap.tickets import Take, Ticket, finish
+from tierflow.swap.timeline import Timed
 
 
 @dataclass(eq=False)
@@ -76,10 +77,25 @@ class Staging:
         self._under_way.clear()
 
 
+class _Both:
+    """From the beginning of one transfer to the end of another."""
+
+    def __init__(self, first: Timed, last: Timed):
+        self._first, self._last = first, last
+
+    @property
+    def began(self) -> float | None:
+        return self._first.began
+
+    @property
+    def ended(self) -> float | None:
+        return self._last.ended
+
+
 class StagedTicket:
     def __init__(self, staging: Staging, first: _Staged, last: _Staged):
         self._staging, self._last = staging, last
-        self.times = FromTo(first.ticket.times, last.ticket.times)
+        self.times = _Both(first.ticket.times, last.ticket.times)
 
     def done(self) -> bool:
         self._staging.take_arrived()

@@ -46,29 +46,12 @@ class Done(Inline):
         return self
 
 
-class FromTo:
-    """From the beginning of one transfer to the end of another."""
-
-    def __init__(self, first: Timed, last: Timed):
-        self._first, self._last = first, last
-
-    @property
-    def began(self) -> float | None:
-        """When the first began."""
-        return self._first.began
-
-    @property
-    def ended(self) -> float | None:
-        """When the last ended."""
-        return self._last.ended
-
-
 class Both:
-    """Two transfers that make one."""
+    """Two transfers that make one; the times are the last's."""
 
     def __init__(self, first: Ticket, last: Ticket):
         self._first, self._last = first, last
-        self.times = FromTo(first.times, last.times)
+        self.times = last.times
 
     def done(self) -> bool:
         """Whether both have ended."""

@@ -78,9 +78,10 @@ def test_no_room_is_left_while_anything_is_slower(
     def anything(*tiers: Tier) -> bool:
         return any(table.get((tier, kind)) for tier in tiers for kind in STATES)
 
-    part = {u.index: next(iter(homes.cuts(u, Kind.PARAM)), 0) for u in homes.streamed(units)}
-    beside = [u for u in homes.streamed(units) if part[u.index] < u.chunk.numel - u.grain]
-    assert not beside or room[Tier.DEVICE] < max(u.chunk.bytes_of(u.grain) for u in beside)
+    parts = {u.index: homes.bytes_in(u, Kind.PARAM, Tier.DEVICE) for u in homes.streamed(units)}
+    cut = [units[i] for i, nbytes in parts.items() if nbytes]
+    assert len(cut) <= 1 and all(room[Tier.DEVICE] + parts[u.index] < u.chunk.nbytes for u in homes.streamed(units))
+    assert all(room[Tier.DEVICE] < u.chunk.bytes_of(u.grain) or parts[u.index] >= u.chunk.bytes_of(u.numel - u.grain) for u in cut)
     left = [u for u in homes.from_nvme(units) if sum(homes.cuts(u, Kind.PARAM)[-1:]) < u.chunk.numel - u.grain]
     assert not left or room[Tier.HOST] < max(u.chunk.bytes_of(u.grain) for u in left)
     grain = max(sum(chunk.bytes_of(u.grain) for chunk in u.states) for u in units)
@@ -114,6 +115,22 @@ def test_nothing_is_on_nvme_where_memory_has_room_for_all(sizes: list[int], on_d
     assert not on_nvme(everything)
     found = [sum(on_nvme(everything - less).values()) for less in (0, short // 2, short)] if short > 0 else []
     assert found == sorted(found)
+
+
+def test_a_large_unit_on_the_device_leaves_its_buffers_to_units_before_it() -> None:
+    """These were refused while room for the large one on its way was kept; whole they spare more than cut."""
+    model = nn.Sequential(*(nn.Linear(160, 160) for _ in range(12)), nn.Linear(160, 640))
+    placement = Placement(Tier.NVME, Tier.NVME, "fp32", gradients="host")
+    units = units_for(model, placement)
+    together = Together(units_together(model, units), units_of_blocks(model, units))
+    order = list(range(13)) + list(range(13))[::-1]
+    for device in range(800_000, 1_600_000, 50_000):
+        homes = choose_homes(units, placement, Caps(device, 1_900_000, 1 << 40), together, order)
+        assert homes.of(units[12], Kind.PARAM) is Tier.DEVICE
+        streamed = homes.streamed(units)
+        free = device - homes.stay(units, Tier.DEVICE) - needs_of(homes, units, placement, together).device_good
+        assert sum(homes.bytes_in(u, Kind.PARAM, Tier.DEVICE) > 0 for u in streamed) <= 1
+        assert not streamed or free < min(u.chunk.nbytes for u in streamed)
 
 
 def test_a_part_ends_with_its_unit() -> None:
