@@ -48,7 +48,9 @@ def choose_homes(units: list[Unit], placement: Placement, caps: Caps, together: 
 
 
 def _traffic(homes: Homes, units: list[Unit], caps: Caps, order: list[int]) -> int:
-    """Bytes of a step to and from NVMe, nearly: weights are read as often as DEVICE lacks them and written, all else once."""
+    """Bytes of a step to and from NVMe, nearly: weights are read as often as DEVICE lacks them, all else once; all but frozen
+    weights is written once.
+    """
     weights = {u.index: homes.bytes_in(u, Kind.PARAM, Tier.NVME) for u in units}
     others = sum(homes.bytes_in(u, kind, Tier.NVME) for u in units for kind in u.chunks if kind is not Kind.PARAM)
     cache = Cache(caps.device - homes.stay(units, Tier.DEVICE), homes.streamed(units))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from tierflow.config import load_config
 from tierflow.offloading import make_run
 from tierflow.scheduler import placement
 from tierflow.scheduler.plan import MemoryPlan
-from tierflow.swap import DebugMemory, Kind, Tier
+from tierflow.swap import CopyState, DebugMemory, Kind, Tier
+from tierflow.swap.timeline import Inline
 
 #: An accelerator's files are read through HOST by themselves.
 THROUGH_HOST = [False, True] if tiny.DEVICE.type == "cpu" else [False]
@@ -114,6 +116,39 @@ def test_weights_that_are_partly_on_the_device(
     assert tiers in tiers_of(plan, Kind.PARAM)
     assert losses == expected[0] and tiny.same(states, expected[1])
     assert written == plan.nvme_written
+
+
+def test_a_drive_that_takes_no_read_leaves_no_copy_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What DEVICE keeps is on its way to HOST then, into memory that is given back."""
+    block = caps("everything", Kind.PARAM, (Tier.DEVICE, Tier.NVME), int(2.6 * UNIT), direct=False)
+    made = tiny.config("everything", tmp_path, **block)
+    _, optimizer = tierflow.offload(stack(), made, debug_memory=DebugMemory(random.Random(0), True))
+    engine, manager, waited = optimizer.engine, optimizer.engine.manager, list[bool]()
+    cut = next(u for u in engine.units if manager.homes(u.chunk) == [Tier.DEVICE, Tier.NVME])
+    drain = manager.lane.drain
+
+    class Late(Inline):
+        def done(self) -> bool:
+            return bool(waited)
+
+        def wait(self) -> None:
+            waited.append(True)
+
+        times = property(lambda self: self)
+
+    def late(*args: Any, **how: Any) -> Late:
+        drain(*args, **how).wait()
+        return Late(time.perf_counter())
+
+    def refuse(*_: Any) -> None:
+        raise OSError("no more reads")
+
+    monkeypatch.setattr(manager.lane, "drain", late)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no more"):
+        patch.setattr(manager.store, "read", refuse)
+        manager.fetches.start(cut.chunk, engine.victims())
+    assert waited and manager.ledger.state(cut.chunk, Tier.HOST) is CopyState.ABSENT
+    optimizer.close()
 
 
 def test_a_further_block_of_device_memory_takes_as_much_weight_off_the_drive() -> None:
