@@ -243,7 +243,8 @@ class _Crossing:
 def test_an_update_in_the_backward_waits_for_gradients_that_are_crossing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulation: int
 ) -> None:
-    case = Case(placement="everything", accumulation=accumulation, steps=4)
+    # room for two more units: else whether any is tried depends on how fast the drive is
+    case = Case(placement="everything", accumulation=accumulation, steps=4, slack=2.0)
     expected = Run(case, tmp_path).run()
     at_once = GradSlot._kernel
 
