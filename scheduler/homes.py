@@ -13,8 +13,6 @@ from tierflow.scheduler.placement import Needs, Placement, Together, staged_kind
 from tierflow.scheduler.units import STATES, Unit
 from tierflow.swap import Chunk, Kind, Manager, Tier, paged_bytes
 
-_NOTHING: dict[Tier, int] = {}
-
 
 @dataclass(frozen=True)
 class Homes:
@@ -37,7 +35,7 @@ class Homes:
     def parts(self, unit: Unit, kind: Kind) -> Iterator[tuple[Tier, int]]:
         """(tier, elements) of the parts that the kind is split into, in order."""
         last, left = self.of(unit, kind), unit.chunks[kind].numel
-        for tier, elements in self.ahead.get((unit.index, kind), _NOTHING).items():
+        for tier, elements in self.ahead.get((unit.index, kind), {}).items():
             if tier is not last:
                 yield tier, elements
                 left -= elements

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,16 @@ def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "PIECE_ELEMENTS", 1 << 12)
 
 
-def stack(dtype: torch.dtype = torch.float32) -> Stack:
-    return Stack(layers=16, width=160, dtype=dtype)
+def stack(dtype: torch.dtype = torch.float32, layers: int = 32) -> Stack:
+    return Stack(layers=layers, width=160, dtype=dtype)
 
 
-def run(path: Path, place: str, dtype: torch.dtype = torch.float32, debug: DebugMemory | None = None, **block: Any) -> Any:
+def run(
+    path: Path, place: str, dtype: torch.dtype = torch.float32, debug: DebugMemory | None = None, layers: int = 32, **block: Any
+) -> Any:
     """(losses, states, plan, bytes that the last step wrote to NVMe)."""
     made = tiny.config(place, path, clip=0.05, **block)
-    model, optimizer = tierflow.offload(stack(dtype), made, debug_memory=debug)
+    model, optimizer = tierflow.offload(stack(dtype, layers), made, debug_memory=debug)
     engine, losses = optimizer.engine, []
     for seed in range(4):
         losses.append(step(model, optimizer, seed))
@@ -55,9 +58,11 @@ def run(path: Path, place: str, dtype: torch.dtype = torch.float32, debug: Debug
     return found
 
 
-def plan_of(place: str, dtype: torch.dtype = torch.float32, direct: bool = True, **block: Any) -> MemoryPlan:
+def plan_of(
+    place: str, dtype: torch.dtype = torch.float32, direct: bool = True, layers: int = 32, **block: Any
+) -> MemoryPlan:
     """The plan alone; nothing is allocated."""
-    model = stack(dtype)
+    model = stack(dtype, layers)
     trained = {id(p) for p in model.parameters()}
     return make_run(model, load_config(tiny.config(place, "/", 0.05, **block)), tiny.DEVICE, trained, None, direct=direct)[1]
 
@@ -109,10 +114,11 @@ SPLITS = [  # what the placement names, and the tiers that one unit's weights ar
 def test_weights_that_are_partly_on_the_device(
     tmp_path: Path, place: str, tiers: tuple[Tier, ...], dtype: torch.dtype, through_host: bool
 ) -> None:
-    expected = run(tmp_path, "device", dtype)
+    expected = run(tmp_path, "device", dtype, layers=16)
     device = int(2.6 * UNIT) if dtype is torch.float32 else int(1.4 * UNIT)  # two more units, and a half
-    block = caps(place, Kind.PARAM, tiers, device, dtype=dtype, direct=not through_host)
-    losses, states, plan, written = run(tmp_path, place, dtype, DebugMemory(random.Random(0), through_host), **block)
+    block = caps(place, Kind.PARAM, tiers, device, dtype=dtype, direct=not through_host, layers=16)
+    debug = DebugMemory(random.Random(0), through_host)
+    losses, states, plan, written = run(tmp_path, place, dtype, debug, layers=16, **block)
     assert tiers in tiers_of(plan, Kind.PARAM)
     assert losses == expected[0] and tiny.same(states, expected[1])
     assert written == plan.nvme_written
@@ -120,9 +126,9 @@ def test_weights_that_are_partly_on_the_device(
 
 def test_a_drive_that_takes_no_read_leaves_no_copy_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What DEVICE keeps is on its way to HOST then, into memory that is given back."""
-    block = caps("everything", Kind.PARAM, (Tier.DEVICE, Tier.NVME), int(2.6 * UNIT), direct=False)
+    block = caps("everything", Kind.PARAM, (Tier.DEVICE, Tier.NVME), int(2.6 * UNIT), direct=False, layers=16)
     made = tiny.config("everything", tmp_path, **block)
-    _, optimizer = tierflow.offload(stack(), made, debug_memory=DebugMemory(random.Random(0), True))
+    _, optimizer = tierflow.offload(stack(layers=16), made, debug_memory=DebugMemory(random.Random(0), True))
     engine, manager, waited = optimizer.engine, optimizer.engine.manager, list[bool]()
     cut = next(u for u in engine.units if manager.homes(u.chunk) == [Tier.DEVICE, Tier.NVME])
     drain = manager.lane.drain
@@ -187,5 +193,6 @@ def test_a_checkpoint_does_not_know_of_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("place", "tiers"), SPLITS[1:4], ids=["three", "memory", "named"])
 def test_a_checkpoint_does_not_know_of_a_part_on_the_device(tmp_path: Path, place: str, tiers: tuple[Tier, ...]) -> None:
-    plan = checkpoint_into_other_caps(tmp_path, place, stack, caps(place, Kind.PARAM, tiers, int(2.6 * UNIT)))
+    tight = caps(place, Kind.PARAM, tiers, int(2.6 * UNIT), layers=16)
+    plan = checkpoint_into_other_caps(tmp_path, place, partial(stack, layers=16), tight)
     assert tiers in tiers_of(plan, Kind.PARAM)
